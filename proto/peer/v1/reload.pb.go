@@ -381,6 +381,205 @@ func (x *PlanResponse) GetRssBytes() []uint64 {
 	return nil
 }
 
+type RunningRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunningRequest) Reset() {
+	*x = RunningRequest{}
+	mi := &file_peer_v1_reload_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunningRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunningRequest) ProtoMessage() {}
+
+func (x *RunningRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_reload_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunningRequest.ProtoReflect.Descriptor instead.
+func (*RunningRequest) Descriptor() ([]byte, []int) {
+	return file_peer_v1_reload_proto_rawDescGZIP(), []int{7}
+}
+
+type RunningResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mounts        []*RunningMount        `protobuf:"bytes,1,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunningResponse) Reset() {
+	*x = RunningResponse{}
+	mi := &file_peer_v1_reload_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunningResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunningResponse) ProtoMessage() {}
+
+func (x *RunningResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_reload_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunningResponse.ProtoReflect.Descriptor instead.
+func (*RunningResponse) Descriptor() ([]byte, []int) {
+	return file_peer_v1_reload_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RunningResponse) GetMounts() []*RunningMount {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+// RunningMount is one mount as one node runs it.
+type RunningMount struct {
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	MountUuid  string                 `protobuf:"bytes,1,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	Generation uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	Version    string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	Sha256     string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	Pid        int64                  `protobuf:"varint,5,opt,name=pid,proto3" json:"pid,omitempty"`
+	// "ready", "starting", "preparing", "switching", "backing off", "stopped".
+	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	// Why it is not ready; empty when it is.
+	Error         string `protobuf:"bytes,7,opt,name=error,proto3" json:"error,omitempty"`
+	Ready         bool   `protobuf:"varint,8,opt,name=ready,proto3" json:"ready,omitempty"`
+	StartedWallMs int64  `protobuf:"varint,9,opt,name=started_wall_ms,json=startedWallMs,proto3" json:"started_wall_ms,omitempty"`
+	Restarts      uint32 `protobuf:"varint,10,opt,name=restarts,proto3" json:"restarts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunningMount) Reset() {
+	*x = RunningMount{}
+	mi := &file_peer_v1_reload_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunningMount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunningMount) ProtoMessage() {}
+
+func (x *RunningMount) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_reload_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunningMount.ProtoReflect.Descriptor instead.
+func (*RunningMount) Descriptor() ([]byte, []int) {
+	return file_peer_v1_reload_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RunningMount) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+func (x *RunningMount) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *RunningMount) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *RunningMount) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *RunningMount) GetPid() int64 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *RunningMount) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *RunningMount) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *RunningMount) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *RunningMount) GetStartedWallMs() int64 {
+	if x != nil {
+		return x.StartedWallMs
+	}
+	return 0
+}
+
+func (x *RunningMount) GetRestarts() uint32 {
+	if x != nil {
+		return x.Restarts
+	}
+	return 0
+}
+
 var File_peer_v1_reload_proto protoreflect.FileDescriptor
 
 const file_peer_v1_reload_proto_rawDesc = "" +
@@ -411,11 +610,30 @@ const file_peer_v1_reload_proto_rawDesc = "" +
 	"\x05trial\x18\x02 \x01(\tR\x05trial\"e\n" +
 	"\fPlanResponse\x128\n" +
 	"\x06mounts\x18\x01 \x03(\v2 .rollcall.command.v1.MountReportR\x06mounts\x12\x1b\n" +
-	"\trss_bytes\x18\x02 \x03(\x04R\brssBytes2\xec\x01\n" +
+	"\trss_bytes\x18\x02 \x03(\x04R\brssBytes\"\x10\n" +
+	"\x0eRunningRequest\"I\n" +
+	"\x0fRunningResponse\x126\n" +
+	"\x06mounts\x18\x01 \x03(\v2\x1e.rollcall.peer.v1.RunningMountR\x06mounts\"\x97\x02\n" +
+	"\fRunningMount\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x10\n" +
+	"\x03pid\x18\x05 \x01(\x03R\x03pid\x12\x14\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x14\n" +
+	"\x05error\x18\a \x01(\tR\x05error\x12\x14\n" +
+	"\x05ready\x18\b \x01(\bR\x05ready\x12&\n" +
+	"\x0fstarted_wall_ms\x18\t \x01(\x03R\rstartedWallMs\x12\x1a\n" +
+	"\brestarts\x18\n" +
+	" \x01(\rR\brestarts2\xbc\x02\n" +
 	"\x06Reload\x12K\n" +
 	"\x06Report\x12\x1f.rollcall.peer.v1.ReportRequest\x1a .rollcall.peer.v1.ReportResponse\x12N\n" +
 	"\aTraffic\x12 .rollcall.peer.v1.TrafficRequest\x1a!.rollcall.peer.v1.TrafficResponse\x12E\n" +
-	"\x04Plan\x12\x1d.rollcall.peer.v1.PlanRequest\x1a\x1e.rollcall.peer.v1.PlanResponseB\x1fZ\x1drollcall/proto/peer/v1;peerv1b\x06proto3"
+	"\x04Plan\x12\x1d.rollcall.peer.v1.PlanRequest\x1a\x1e.rollcall.peer.v1.PlanResponse\x12N\n" +
+	"\aRunning\x12 .rollcall.peer.v1.RunningRequest\x1a!.rollcall.peer.v1.RunningResponseB\x1fZ\x1drollcall/proto/peer/v1;peerv1b\x06proto3"
 
 var (
 	file_peer_v1_reload_proto_rawDescOnce sync.Once
@@ -429,7 +647,7 @@ func file_peer_v1_reload_proto_rawDescGZIP() []byte {
 	return file_peer_v1_reload_proto_rawDescData
 }
 
-var file_peer_v1_reload_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_peer_v1_reload_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_peer_v1_reload_proto_goTypes = []any{
 	(*ReportRequest)(nil),   // 0: rollcall.peer.v1.ReportRequest
 	(*ReportResponse)(nil),  // 1: rollcall.peer.v1.ReportResponse
@@ -438,29 +656,35 @@ var file_peer_v1_reload_proto_goTypes = []any{
 	(*MountTraffic)(nil),    // 4: rollcall.peer.v1.MountTraffic
 	(*PlanRequest)(nil),     // 5: rollcall.peer.v1.PlanRequest
 	(*PlanResponse)(nil),    // 6: rollcall.peer.v1.PlanResponse
-	(*v1.Report)(nil),       // 7: rollcall.command.v1.Report
-	(*v1.GateSample)(nil),   // 8: rollcall.command.v1.GateSample
-	(*v1.Target)(nil),       // 9: rollcall.command.v1.Target
-	(*v1.MountReport)(nil),  // 10: rollcall.command.v1.MountReport
+	(*RunningRequest)(nil),  // 7: rollcall.peer.v1.RunningRequest
+	(*RunningResponse)(nil), // 8: rollcall.peer.v1.RunningResponse
+	(*RunningMount)(nil),    // 9: rollcall.peer.v1.RunningMount
+	(*v1.Report)(nil),       // 10: rollcall.command.v1.Report
+	(*v1.GateSample)(nil),   // 11: rollcall.command.v1.GateSample
+	(*v1.Target)(nil),       // 12: rollcall.command.v1.Target
+	(*v1.MountReport)(nil),  // 13: rollcall.command.v1.MountReport
 }
 var file_peer_v1_reload_proto_depIdxs = []int32{
-	7,  // 0: rollcall.peer.v1.ReportRequest.reports:type_name -> rollcall.command.v1.Report
+	10, // 0: rollcall.peer.v1.ReportRequest.reports:type_name -> rollcall.command.v1.Report
 	4,  // 1: rollcall.peer.v1.TrafficResponse.mounts:type_name -> rollcall.peer.v1.MountTraffic
-	8,  // 2: rollcall.peer.v1.MountTraffic.reads:type_name -> rollcall.command.v1.GateSample
-	8,  // 3: rollcall.peer.v1.MountTraffic.writes:type_name -> rollcall.command.v1.GateSample
-	9,  // 4: rollcall.peer.v1.PlanRequest.targets:type_name -> rollcall.command.v1.Target
-	10, // 5: rollcall.peer.v1.PlanResponse.mounts:type_name -> rollcall.command.v1.MountReport
-	0,  // 6: rollcall.peer.v1.Reload.Report:input_type -> rollcall.peer.v1.ReportRequest
-	2,  // 7: rollcall.peer.v1.Reload.Traffic:input_type -> rollcall.peer.v1.TrafficRequest
-	5,  // 8: rollcall.peer.v1.Reload.Plan:input_type -> rollcall.peer.v1.PlanRequest
-	1,  // 9: rollcall.peer.v1.Reload.Report:output_type -> rollcall.peer.v1.ReportResponse
-	3,  // 10: rollcall.peer.v1.Reload.Traffic:output_type -> rollcall.peer.v1.TrafficResponse
-	6,  // 11: rollcall.peer.v1.Reload.Plan:output_type -> rollcall.peer.v1.PlanResponse
-	9,  // [9:12] is the sub-list for method output_type
-	6,  // [6:9] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	11, // 2: rollcall.peer.v1.MountTraffic.reads:type_name -> rollcall.command.v1.GateSample
+	11, // 3: rollcall.peer.v1.MountTraffic.writes:type_name -> rollcall.command.v1.GateSample
+	12, // 4: rollcall.peer.v1.PlanRequest.targets:type_name -> rollcall.command.v1.Target
+	13, // 5: rollcall.peer.v1.PlanResponse.mounts:type_name -> rollcall.command.v1.MountReport
+	9,  // 6: rollcall.peer.v1.RunningResponse.mounts:type_name -> rollcall.peer.v1.RunningMount
+	0,  // 7: rollcall.peer.v1.Reload.Report:input_type -> rollcall.peer.v1.ReportRequest
+	2,  // 8: rollcall.peer.v1.Reload.Traffic:input_type -> rollcall.peer.v1.TrafficRequest
+	5,  // 9: rollcall.peer.v1.Reload.Plan:input_type -> rollcall.peer.v1.PlanRequest
+	7,  // 10: rollcall.peer.v1.Reload.Running:input_type -> rollcall.peer.v1.RunningRequest
+	1,  // 11: rollcall.peer.v1.Reload.Report:output_type -> rollcall.peer.v1.ReportResponse
+	3,  // 12: rollcall.peer.v1.Reload.Traffic:output_type -> rollcall.peer.v1.TrafficResponse
+	6,  // 13: rollcall.peer.v1.Reload.Plan:output_type -> rollcall.peer.v1.PlanResponse
+	8,  // 14: rollcall.peer.v1.Reload.Running:output_type -> rollcall.peer.v1.RunningResponse
+	11, // [11:15] is the sub-list for method output_type
+	7,  // [7:11] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_peer_v1_reload_proto_init() }
@@ -474,7 +698,7 @@ func file_peer_v1_reload_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_v1_reload_proto_rawDesc), len(file_peer_v1_reload_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

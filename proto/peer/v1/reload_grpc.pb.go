@@ -22,6 +22,7 @@ const (
 	Reload_Report_FullMethodName  = "/rollcall.peer.v1.Reload/Report"
 	Reload_Traffic_FullMethodName = "/rollcall.peer.v1.Reload/Traffic"
 	Reload_Plan_FullMethodName    = "/rollcall.peer.v1.Reload/Plan"
+	Reload_Running_FullMethodName = "/rollcall.peer.v1.Reload/Running"
 )
 
 // ReloadClient is the client API for Reload service.
@@ -37,6 +38,8 @@ type ReloadClient interface {
 	Traffic(ctx context.Context, in *TrafficRequest, opts ...grpc.CallOption) (*TrafficResponse, error)
 	// Plan runs the trial of the given specs on this node, without a switch.
 	Plan(ctx context.Context, in *PlanRequest, opts ...grpc.CallOption) (*PlanResponse, error)
+	// Running answers what this node runs now.
+	Running(ctx context.Context, in *RunningRequest, opts ...grpc.CallOption) (*RunningResponse, error)
 }
 
 type reloadClient struct {
@@ -77,6 +80,16 @@ func (c *reloadClient) Plan(ctx context.Context, in *PlanRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *reloadClient) Running(ctx context.Context, in *RunningRequest, opts ...grpc.CallOption) (*RunningResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RunningResponse)
+	err := c.cc.Invoke(ctx, Reload_Running_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ReloadServer is the server API for Reload service.
 // All implementations must embed UnimplementedReloadServer
 // for forward compatibility.
@@ -90,6 +103,8 @@ type ReloadServer interface {
 	Traffic(context.Context, *TrafficRequest) (*TrafficResponse, error)
 	// Plan runs the trial of the given specs on this node, without a switch.
 	Plan(context.Context, *PlanRequest) (*PlanResponse, error)
+	// Running answers what this node runs now.
+	Running(context.Context, *RunningRequest) (*RunningResponse, error)
 	mustEmbedUnimplementedReloadServer()
 }
 
@@ -108,6 +123,9 @@ func (UnimplementedReloadServer) Traffic(context.Context, *TrafficRequest) (*Tra
 }
 func (UnimplementedReloadServer) Plan(context.Context, *PlanRequest) (*PlanResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Plan not implemented")
+}
+func (UnimplementedReloadServer) Running(context.Context, *RunningRequest) (*RunningResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Running not implemented")
 }
 func (UnimplementedReloadServer) mustEmbedUnimplementedReloadServer() {}
 func (UnimplementedReloadServer) testEmbeddedByValue()                {}
@@ -184,6 +202,24 @@ func _Reload_Plan_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Reload_Running_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RunningRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ReloadServer).Running(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Reload_Running_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ReloadServer).Running(ctx, req.(*RunningRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Reload_ServiceDesc is the grpc.ServiceDesc for Reload service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -202,6 +238,10 @@ var Reload_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Plan",
 			Handler:    _Reload_Plan_Handler,
+		},
+		{
+			MethodName: "Running",
+			Handler:    _Reload_Running_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -265,7 +265,7 @@ type LeaseResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Nanoseconds, from the asker's clock at sending.
 	TtlNs uint64 `protobuf:"varint,1,opt,name=ttl_ns,json=ttlNs,proto3" json:"ttl_ns,omitempty"`
-	// The lease is good only once the asker has applied this index.
+	// The lease is good only once the asker has applied this index: what the leader had applied when it granted.
 	MinIndex      uint64 `protobuf:"varint,2,opt,name=min_index,json=minIndex,proto3" json:"min_index,omitempty"`
 	Term          uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -509,6 +509,16 @@ type FactsResponse struct {
 	LeaderId      string `protobuf:"bytes,7,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
 	LeaderAddress string `protobuf:"bytes,8,opt,name=leader_address,json=leaderAddress,proto3" json:"leader_address,omitempty"`
 	AppliedIndex  uint64 `protobuf:"varint,9,opt,name=applied_index,json=appliedIndex,proto3" json:"applied_index,omitempty"`
+	// Sorted node ids that this node has promised to bootstrap with, and with no others; empty before.
+	BootstrapCandidates []string `protobuf:"bytes,10,rep,name=bootstrap_candidates,json=bootstrapCandidates,proto3" json:"bootstrap_candidates,omitempty"`
+	// Never becomes a voter.
+	NonVoter    bool   `protobuf:"varint,11,opt,name=non_voter,json=nonVoter,proto3" json:"non_voter,omitempty"`
+	Incarnation uint64 `protobuf:"varint,12,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// What the leader's autopilot judges health by. last_contact_ns is the time since the leader was heard; -1 for never.
+	LastLogIndex  uint64 `protobuf:"varint,13,opt,name=last_log_index,json=lastLogIndex,proto3" json:"last_log_index,omitempty"`
+	LastLogTerm   uint64 `protobuf:"varint,14,opt,name=last_log_term,json=lastLogTerm,proto3" json:"last_log_term,omitempty"`
+	LastContactNs int64  `protobuf:"varint,15,opt,name=last_contact_ns,json=lastContactNs,proto3" json:"last_contact_ns,omitempty"`
+	Term          uint64 `protobuf:"varint,16,opt,name=term,proto3" json:"term,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -606,6 +616,215 @@ func (x *FactsResponse) GetAppliedIndex() uint64 {
 	return 0
 }
 
+func (x *FactsResponse) GetBootstrapCandidates() []string {
+	if x != nil {
+		return x.BootstrapCandidates
+	}
+	return nil
+}
+
+func (x *FactsResponse) GetNonVoter() bool {
+	if x != nil {
+		return x.NonVoter
+	}
+	return false
+}
+
+func (x *FactsResponse) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *FactsResponse) GetLastLogIndex() uint64 {
+	if x != nil {
+		return x.LastLogIndex
+	}
+	return 0
+}
+
+func (x *FactsResponse) GetLastLogTerm() uint64 {
+	if x != nil {
+		return x.LastLogTerm
+	}
+	return 0
+}
+
+func (x *FactsResponse) GetLastContactNs() int64 {
+	if x != nil {
+		return x.LastContactNs
+	}
+	return 0
+}
+
+func (x *FactsResponse) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+type RemoveMemberRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Why           string                 `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberRequest) Reset() {
+	*x = RemoveMemberRequest{}
+	mi := &file_peer_v1_replica_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberRequest) ProtoMessage() {}
+
+func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_replica_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
+func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
+	return file_peer_v1_replica_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RemoveMemberRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+func (x *RemoveMemberRequest) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+type RemoveMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberResponse) Reset() {
+	*x = RemoveMemberResponse{}
+	mi := &file_peer_v1_replica_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberResponse) ProtoMessage() {}
+
+func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_replica_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
+func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
+	return file_peer_v1_replica_proto_rawDescGZIP(), []int{11}
+}
+
+type TransferLeadershipRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferLeadershipRequest) Reset() {
+	*x = TransferLeadershipRequest{}
+	mi := &file_peer_v1_replica_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferLeadershipRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferLeadershipRequest) ProtoMessage() {}
+
+func (x *TransferLeadershipRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_replica_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferLeadershipRequest.ProtoReflect.Descriptor instead.
+func (*TransferLeadershipRequest) Descriptor() ([]byte, []int) {
+	return file_peer_v1_replica_proto_rawDescGZIP(), []int{12}
+}
+
+type TransferLeadershipResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransferLeadershipResponse) Reset() {
+	*x = TransferLeadershipResponse{}
+	mi := &file_peer_v1_replica_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransferLeadershipResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransferLeadershipResponse) ProtoMessage() {}
+
+func (x *TransferLeadershipResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_peer_v1_replica_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransferLeadershipResponse.ProtoReflect.Descriptor instead.
+func (*TransferLeadershipResponse) Descriptor() ([]byte, []int) {
+	return file_peer_v1_replica_proto_rawDescGZIP(), []int{13}
+}
+
 var File_peer_v1_replica_proto protoreflect.FileDescriptor
 
 const file_peer_v1_replica_proto_rawDesc = "" +
@@ -639,7 +858,7 @@ const file_peer_v1_replica_proto_rawDesc = "" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\"\x0e\n" +
-	"\fFactsRequest\"\xb5\x02\n" +
+	"\fFactsRequest\"\xad\x04\n" +
 	"\rFactsResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
@@ -650,13 +869,29 @@ const file_peer_v1_replica_proto_rawDesc = "" +
 	"cluster_id\x18\x06 \x01(\tR\tclusterId\x12\x1b\n" +
 	"\tleader_id\x18\a \x01(\tR\bleaderId\x12%\n" +
 	"\x0eleader_address\x18\b \x01(\tR\rleaderAddress\x12#\n" +
-	"\rapplied_index\x18\t \x01(\x04R\fappliedIndex2\x8a\x03\n" +
+	"\rapplied_index\x18\t \x01(\x04R\fappliedIndex\x121\n" +
+	"\x14bootstrap_candidates\x18\n" +
+	" \x03(\tR\x13bootstrapCandidates\x12\x1b\n" +
+	"\tnon_voter\x18\v \x01(\bR\bnonVoter\x12 \n" +
+	"\vincarnation\x18\f \x01(\x04R\vincarnation\x12$\n" +
+	"\x0elast_log_index\x18\r \x01(\x04R\flastLogIndex\x12\"\n" +
+	"\rlast_log_term\x18\x0e \x01(\x04R\vlastLogTerm\x12&\n" +
+	"\x0flast_contact_ns\x18\x0f \x01(\x03R\rlastContactNs\x12\x12\n" +
+	"\x04term\x18\x10 \x01(\x04R\x04term\"@\n" +
+	"\x13RemoveMemberRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x10\n" +
+	"\x03why\x18\x02 \x01(\tR\x03why\"\x16\n" +
+	"\x14RemoveMemberResponse\"\x1b\n" +
+	"\x19TransferLeadershipRequest\"\x1c\n" +
+	"\x1aTransferLeadershipResponse2\xda\x04\n" +
 	"\aReplica\x12N\n" +
 	"\aPropose\x12 .rollcall.peer.v1.ProposeRequest\x1a!.rollcall.peer.v1.ProposeResponse\x12T\n" +
 	"\tReadIndex\x12\".rollcall.peer.v1.ReadIndexRequest\x1a#.rollcall.peer.v1.ReadIndexResponse\x12H\n" +
 	"\x05Lease\x12\x1e.rollcall.peer.v1.LeaseRequest\x1a\x1f.rollcall.peer.v1.LeaseResponse\x12E\n" +
 	"\x04Join\x12\x1d.rollcall.peer.v1.JoinRequest\x1a\x1e.rollcall.peer.v1.JoinResponse\x12H\n" +
-	"\x05Facts\x12\x1e.rollcall.peer.v1.FactsRequest\x1a\x1f.rollcall.peer.v1.FactsResponseB\x1fZ\x1drollcall/proto/peer/v1;peerv1b\x06proto3"
+	"\x05Facts\x12\x1e.rollcall.peer.v1.FactsRequest\x1a\x1f.rollcall.peer.v1.FactsResponse\x12]\n" +
+	"\fRemoveMember\x12%.rollcall.peer.v1.RemoveMemberRequest\x1a&.rollcall.peer.v1.RemoveMemberResponse\x12o\n" +
+	"\x12TransferLeadership\x12+.rollcall.peer.v1.TransferLeadershipRequest\x1a,.rollcall.peer.v1.TransferLeadershipResponseB\x1fZ\x1drollcall/proto/peer/v1;peerv1b\x06proto3"
 
 var (
 	file_peer_v1_replica_proto_rawDescOnce sync.Once
@@ -670,36 +905,44 @@ func file_peer_v1_replica_proto_rawDescGZIP() []byte {
 	return file_peer_v1_replica_proto_rawDescData
 }
 
-var file_peer_v1_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_peer_v1_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_peer_v1_replica_proto_goTypes = []any{
-	(*ProposeRequest)(nil),    // 0: rollcall.peer.v1.ProposeRequest
-	(*ProposeResponse)(nil),   // 1: rollcall.peer.v1.ProposeResponse
-	(*ReadIndexRequest)(nil),  // 2: rollcall.peer.v1.ReadIndexRequest
-	(*ReadIndexResponse)(nil), // 3: rollcall.peer.v1.ReadIndexResponse
-	(*LeaseRequest)(nil),      // 4: rollcall.peer.v1.LeaseRequest
-	(*LeaseResponse)(nil),     // 5: rollcall.peer.v1.LeaseResponse
-	(*JoinRequest)(nil),       // 6: rollcall.peer.v1.JoinRequest
-	(*JoinResponse)(nil),      // 7: rollcall.peer.v1.JoinResponse
-	(*FactsRequest)(nil),      // 8: rollcall.peer.v1.FactsRequest
-	(*FactsResponse)(nil),     // 9: rollcall.peer.v1.FactsResponse
-	(*v1.Command)(nil),        // 10: rollcall.command.v1.Command
-	(*v1.Result)(nil),         // 11: rollcall.command.v1.Result
+	(*ProposeRequest)(nil),             // 0: rollcall.peer.v1.ProposeRequest
+	(*ProposeResponse)(nil),            // 1: rollcall.peer.v1.ProposeResponse
+	(*ReadIndexRequest)(nil),           // 2: rollcall.peer.v1.ReadIndexRequest
+	(*ReadIndexResponse)(nil),          // 3: rollcall.peer.v1.ReadIndexResponse
+	(*LeaseRequest)(nil),               // 4: rollcall.peer.v1.LeaseRequest
+	(*LeaseResponse)(nil),              // 5: rollcall.peer.v1.LeaseResponse
+	(*JoinRequest)(nil),                // 6: rollcall.peer.v1.JoinRequest
+	(*JoinResponse)(nil),               // 7: rollcall.peer.v1.JoinResponse
+	(*FactsRequest)(nil),               // 8: rollcall.peer.v1.FactsRequest
+	(*FactsResponse)(nil),              // 9: rollcall.peer.v1.FactsResponse
+	(*RemoveMemberRequest)(nil),        // 10: rollcall.peer.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),       // 11: rollcall.peer.v1.RemoveMemberResponse
+	(*TransferLeadershipRequest)(nil),  // 12: rollcall.peer.v1.TransferLeadershipRequest
+	(*TransferLeadershipResponse)(nil), // 13: rollcall.peer.v1.TransferLeadershipResponse
+	(*v1.Command)(nil),                 // 14: rollcall.command.v1.Command
+	(*v1.Result)(nil),                  // 15: rollcall.command.v1.Result
 }
 var file_peer_v1_replica_proto_depIdxs = []int32{
-	10, // 0: rollcall.peer.v1.ProposeRequest.command:type_name -> rollcall.command.v1.Command
-	11, // 1: rollcall.peer.v1.ProposeResponse.result:type_name -> rollcall.command.v1.Result
+	14, // 0: rollcall.peer.v1.ProposeRequest.command:type_name -> rollcall.command.v1.Command
+	15, // 1: rollcall.peer.v1.ProposeResponse.result:type_name -> rollcall.command.v1.Result
 	0,  // 2: rollcall.peer.v1.Replica.Propose:input_type -> rollcall.peer.v1.ProposeRequest
 	2,  // 3: rollcall.peer.v1.Replica.ReadIndex:input_type -> rollcall.peer.v1.ReadIndexRequest
 	4,  // 4: rollcall.peer.v1.Replica.Lease:input_type -> rollcall.peer.v1.LeaseRequest
 	6,  // 5: rollcall.peer.v1.Replica.Join:input_type -> rollcall.peer.v1.JoinRequest
 	8,  // 6: rollcall.peer.v1.Replica.Facts:input_type -> rollcall.peer.v1.FactsRequest
-	1,  // 7: rollcall.peer.v1.Replica.Propose:output_type -> rollcall.peer.v1.ProposeResponse
-	3,  // 8: rollcall.peer.v1.Replica.ReadIndex:output_type -> rollcall.peer.v1.ReadIndexResponse
-	5,  // 9: rollcall.peer.v1.Replica.Lease:output_type -> rollcall.peer.v1.LeaseResponse
-	7,  // 10: rollcall.peer.v1.Replica.Join:output_type -> rollcall.peer.v1.JoinResponse
-	9,  // 11: rollcall.peer.v1.Replica.Facts:output_type -> rollcall.peer.v1.FactsResponse
-	7,  // [7:12] is the sub-list for method output_type
-	2,  // [2:7] is the sub-list for method input_type
+	10, // 7: rollcall.peer.v1.Replica.RemoveMember:input_type -> rollcall.peer.v1.RemoveMemberRequest
+	12, // 8: rollcall.peer.v1.Replica.TransferLeadership:input_type -> rollcall.peer.v1.TransferLeadershipRequest
+	1,  // 9: rollcall.peer.v1.Replica.Propose:output_type -> rollcall.peer.v1.ProposeResponse
+	3,  // 10: rollcall.peer.v1.Replica.ReadIndex:output_type -> rollcall.peer.v1.ReadIndexResponse
+	5,  // 11: rollcall.peer.v1.Replica.Lease:output_type -> rollcall.peer.v1.LeaseResponse
+	7,  // 12: rollcall.peer.v1.Replica.Join:output_type -> rollcall.peer.v1.JoinResponse
+	9,  // 13: rollcall.peer.v1.Replica.Facts:output_type -> rollcall.peer.v1.FactsResponse
+	11, // 14: rollcall.peer.v1.Replica.RemoveMember:output_type -> rollcall.peer.v1.RemoveMemberResponse
+	13, // 15: rollcall.peer.v1.Replica.TransferLeadership:output_type -> rollcall.peer.v1.TransferLeadershipResponse
+	9,  // [9:16] is the sub-list for method output_type
+	2,  // [2:9] is the sub-list for method input_type
 	2,  // [2:2] is the sub-list for extension type_name
 	2,  // [2:2] is the sub-list for extension extendee
 	0,  // [0:2] is the sub-list for field type_name
@@ -716,7 +959,7 @@ func file_peer_v1_replica_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_peer_v1_replica_proto_rawDesc), len(file_peer_v1_replica_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,11 +22,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Replica_Propose_FullMethodName   = "/rollcall.peer.v1.Replica/Propose"
-	Replica_ReadIndex_FullMethodName = "/rollcall.peer.v1.Replica/ReadIndex"
-	Replica_Lease_FullMethodName     = "/rollcall.peer.v1.Replica/Lease"
-	Replica_Join_FullMethodName      = "/rollcall.peer.v1.Replica/Join"
-	Replica_Facts_FullMethodName     = "/rollcall.peer.v1.Replica/Facts"
+	Replica_Propose_FullMethodName            = "/rollcall.peer.v1.Replica/Propose"
+	Replica_ReadIndex_FullMethodName          = "/rollcall.peer.v1.Replica/ReadIndex"
+	Replica_Lease_FullMethodName              = "/rollcall.peer.v1.Replica/Lease"
+	Replica_Join_FullMethodName               = "/rollcall.peer.v1.Replica/Join"
+	Replica_Facts_FullMethodName              = "/rollcall.peer.v1.Replica/Facts"
+	Replica_RemoveMember_FullMethodName       = "/rollcall.peer.v1.Replica/RemoveMember"
+	Replica_TransferLeadership_FullMethodName = "/rollcall.peer.v1.Replica/TransferLeadership"
 )
 
 // ReplicaClient is the client API for Replica service.
@@ -45,6 +47,10 @@ type ReplicaClient interface {
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
 	// Facts answers from any node, member or not: what bootstrap needs to know.
 	Facts(ctx context.Context, in *FactsRequest, opts ...grpc.CallOption) (*FactsResponse, error)
+	// RemoveMember asks the leader to take a node out of the Raft configuration and of the node table.
+	RemoveMember(ctx context.Context, in *RemoveMemberRequest, opts ...grpc.CallOption) (*RemoveMemberResponse, error)
+	// TransferLeadership asks the leader to hand over to the most up-to-date voter.
+	TransferLeadership(ctx context.Context, in *TransferLeadershipRequest, opts ...grpc.CallOption) (*TransferLeadershipResponse, error)
 }
 
 type replicaClient struct {
@@ -105,6 +111,26 @@ func (c *replicaClient) Facts(ctx context.Context, in *FactsRequest, opts ...grp
 	return out, nil
 }
 
+func (c *replicaClient) RemoveMember(ctx context.Context, in *RemoveMemberRequest, opts ...grpc.CallOption) (*RemoveMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveMemberResponse)
+	err := c.cc.Invoke(ctx, Replica_RemoveMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *replicaClient) TransferLeadership(ctx context.Context, in *TransferLeadershipRequest, opts ...grpc.CallOption) (*TransferLeadershipResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TransferLeadershipResponse)
+	err := c.cc.Invoke(ctx, Replica_TransferLeadership_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ReplicaServer is the server API for Replica service.
 // All implementations must embed UnimplementedReplicaServer
 // for forward compatibility.
@@ -121,6 +147,10 @@ type ReplicaServer interface {
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
 	// Facts answers from any node, member or not: what bootstrap needs to know.
 	Facts(context.Context, *FactsRequest) (*FactsResponse, error)
+	// RemoveMember asks the leader to take a node out of the Raft configuration and of the node table.
+	RemoveMember(context.Context, *RemoveMemberRequest) (*RemoveMemberResponse, error)
+	// TransferLeadership asks the leader to hand over to the most up-to-date voter.
+	TransferLeadership(context.Context, *TransferLeadershipRequest) (*TransferLeadershipResponse, error)
 	mustEmbedUnimplementedReplicaServer()
 }
 
@@ -145,6 +175,12 @@ func (UnimplementedReplicaServer) Join(context.Context, *JoinRequest) (*JoinResp
 }
 func (UnimplementedReplicaServer) Facts(context.Context, *FactsRequest) (*FactsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Facts not implemented")
+}
+func (UnimplementedReplicaServer) RemoveMember(context.Context, *RemoveMemberRequest) (*RemoveMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveMember not implemented")
+}
+func (UnimplementedReplicaServer) TransferLeadership(context.Context, *TransferLeadershipRequest) (*TransferLeadershipResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TransferLeadership not implemented")
 }
 func (UnimplementedReplicaServer) mustEmbedUnimplementedReplicaServer() {}
 func (UnimplementedReplicaServer) testEmbeddedByValue()                 {}
@@ -257,6 +293,42 @@ func _Replica_Facts_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Replica_RemoveMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ReplicaServer).RemoveMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Replica_RemoveMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ReplicaServer).RemoveMember(ctx, req.(*RemoveMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Replica_TransferLeadership_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TransferLeadershipRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ReplicaServer).TransferLeadership(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Replica_TransferLeadership_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ReplicaServer).TransferLeadership(ctx, req.(*TransferLeadershipRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Replica_ServiceDesc is the grpc.ServiceDesc for Replica service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -283,6 +355,14 @@ var Replica_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Facts",
 			Handler:    _Replica_Facts_Handler,
+		},
+		{
+			MethodName: "RemoveMember",
+			Handler:    _Replica_RemoveMember_Handler,
+		},
+		{
+			MethodName: "TransferLeadership",
+			Handler:    _Replica_TransferLeadership_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,182 @@
+package disk
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"strconv"
+	"sync/atomic"
+
+	"github.com/hashicorp/go-msgpack/v2/codec"
+	"github.com/hashicorp/raft"
+
+	"rollcall/node/fault"
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Log is the Raft log with a CRC-32C per entry. The checksum stands at the end of the entry's Extensions on disk only:
+// it is added when an entry is stored and taken off when it is read, so it never travels and callers never see it.
+type Log struct {
+	inner     raft.LogStore
+	watch     *Watch
+	onCorrupt atomic.Pointer[func(error)]
+	closed    atomic.Bool
+}
+
+var _ raft.LogStore = (*Log)(nil)
+
+// Watch returns the stopwatch over this disk's writes.
+func (l *Log) Watch() *Watch { return l.watch }
+
+// OnCorrupt sets what is called, once per damaged read, before the error is returned. Set it before Raft starts.
+func (l *Log) OnCorrupt(f func(error)) { l.onCorrupt.Store(&f) }
+
+// FirstIndex is raft.LogStore's.
+func (l *Log) FirstIndex() (uint64, error) {
+	var i uint64
+	err := Guarded("read raft log", "first index", func() (err error) { i, err = l.inner.FirstIndex(); return err })
+	return i, l.report(err)
+}
+
+// LastIndex is raft.LogStore's.
+func (l *Log) LastIndex() (uint64, error) {
+	var i uint64
+	err := Guarded("read raft log", "last index", func() (err error) { i, err = l.inner.LastIndex(); return err })
+	return i, l.report(err)
+}
+
+// GetLog reads and verifies one entry. raft.ErrLogNotFound is passed on as it is: Raft compares it.
+func (l *Log) GetLog(index uint64, out *raft.Log) error {
+	err := Guarded("read raft log", "entry "+strconv.FormatUint(index, 10), func() error {
+		if err := l.inner.GetLog(index, out); err != nil {
+			return err
+		}
+		if err := unseal(out); err != nil {
+			return err
+		}
+		if out.Index != index {
+			return fault.New(fault.Corrupt, "read raft log", "", "entry %d stands in the place of %d", out.Index, index)
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+		return l.report(err)
+	}
+	return err
+}
+
+// StoreLog is raft.LogStore's.
+func (l *Log) StoreLog(log *raft.Log) error { return l.StoreLogs([]*raft.Log{log}) }
+
+// StoreLogs seals copies of the entries and stores them under the watch.
+func (l *Log) StoreLogs(logs []*raft.Log) error {
+	sealed := make([]*raft.Log, len(logs))
+	for i, log := range logs {
+		sealed[i] = seal(log)
+	}
+	defer l.watch.begin()()
+	return l.report(Guarded("write raft log", "", func() error { return l.inner.StoreLogs(sealed) }))
+}
+
+// DeleteRange is raft.LogStore's, under the watch.
+func (l *Log) DeleteRange(first, last uint64) error {
+	defer l.watch.begin()()
+	return l.report(Guarded("compact raft log", "", func() error { return l.inner.DeleteRange(first, last) }))
+}
+
+func (l *Log) report(err error) error {
+	if fault.Is(err, fault.Corrupt) {
+		if f := l.onCorrupt.Load(); f != nil {
+			(*f)(err)
+		}
+	}
+	return err
+}
+
+// seal returns a copy whose Extensions end in the checksum; the data is shared.
+func seal(log *raft.Log) *raft.Log {
+	c := *log
+	c.Extensions = binary.BigEndian.AppendUint32(append(make([]byte, 0, len(log.Extensions)+4), log.Extensions...), sum(log))
+	return &c
+}
+
+// unseal verifies the checksum and takes it off.
+func unseal(log *raft.Log) error {
+	n := len(log.Extensions) - 4
+	if n < 0 {
+		return fault.New(fault.Corrupt, "read raft log", "", "entry %d carries no checksum", log.Index)
+	}
+	want := binary.BigEndian.Uint32(log.Extensions[n:])
+	log.Extensions = log.Extensions[:n:n]
+	if n == 0 {
+		log.Extensions = nil
+	}
+	if got := sum(log); got != want {
+		return fault.New(fault.Corrupt, "read raft log", "", "entry %d: checksum %08x, expected %08x", log.Index, got, want)
+	}
+	return nil
+}
+
+func sum(log *raft.Log) uint32 {
+	var head [25]byte
+	binary.BigEndian.PutUint64(head[0:], log.Index)
+	binary.BigEndian.PutUint64(head[8:], log.Term)
+	head[16] = byte(log.Type)
+	binary.BigEndian.PutUint64(head[17:], uint64(len(log.Data)))
+	c := crc32.Update(0, castagnoli, head[:])
+	c = crc32.Update(c, castagnoli, log.Data)
+	return crc32.Update(c, castagnoli, log.Extensions)
+}
+
+// checkRecord verifies one record as it stands in the file.
+func checkRecord(key, value []byte) (uint64, error) {
+	if len(key) != 8 {
+		return 0, fault.New(fault.Corrupt, "verify raft log", "", "a key of %d bytes", len(key))
+	}
+	index := binary.BigEndian.Uint64(key)
+	var log raft.Log
+	if err := codec.NewDecoderBytes(value, &codec.MsgpackHandle{}).Decode(&log); err != nil {
+		return 0, fmt.Errorf("entry %d: %w", index, err)
+	}
+	if err := unseal(&log); err != nil {
+		return 0, err
+	}
+	if log.Index != index {
+		return 0, fault.New(fault.Corrupt, "verify raft log", "", "entry %d stands in the place of %d", log.Index, index)
+	}
+	return index, nil
+}
+
+// Stable is Raft's vote and term, under the same guard and watch.
+type Stable struct {
+	inner raft.StableStore
+	watch *Watch
+}
+
+var _ raft.StableStore = (*Stable)(nil)
+
+// Set is raft.StableStore's.
+func (s *Stable) Set(key, val []byte) error {
+	defer s.watch.begin()()
+	return Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, val) })
+}
+
+// Get is raft.StableStore's. The "not found" error is passed on as it is: Raft compares its text.
+func (s *Stable) Get(key []byte) (val []byte, err error) {
+	err = Guarded("read raft vote", string(key), func() (err error) { val, err = s.inner.Get(key); return err })
+	return val, err
+}
+
+// SetUint64 is raft.StableStore's.
+func (s *Stable) SetUint64(key []byte, val uint64) error {
+	defer s.watch.begin()()
+	return Guarded("write raft term", string(key), func() error { return s.inner.SetUint64(key, val) })
+}
+
+// GetUint64 is raft.StableStore's; see Get.
+func (s *Stable) GetUint64(key []byte) (val uint64, err error) {
+	err = Guarded("read raft term", string(key), func() (err error) { val, err = s.inner.GetUint64(key); return err })
+	return val, err
+}

@@ -1,0 +1,196 @@
+package disk
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+
+	"rollcall/node/fault"
+)
+
+// lockWait bounds how long bbolt waits for its own file lock. Ours on the directory is held already, so a wait means
+// that a foreign tool has the file open.
+const lockWait = 2 * time.Second
+
+// Options of Open.
+type Options struct {
+	// Limit is how long one write may take before OnSlow is called; see Log.
+	Limit time.Duration
+	// NoSync leaves out fdatasync. For tests and `dev` only: a power loss then loses acknowledged entries.
+	NoSync bool
+	// Retain is how many snapshots are kept; at least 2, so that one damaged file is survivable.
+	Retain int
+	// Logger is for the snapshot store.
+	Logger hclog.Logger
+	// Wrap, when set, is put beneath the checks: tests slow or break the store with it.
+	Wrap func(raft.LogStore) raft.LogStore
+}
+
+// Stores is everything that raft.NewRaft wants of a disk.
+type Stores struct {
+	Log       *Log
+	Stable    *Stable
+	Snapshots raft.SnapshotStore
+	// HasState is true when the directory has ever taken part in a cluster.
+	HasState bool
+
+	bolt *raftboltdb.BoltStore
+}
+
+// Close closes the log. Raft must be shut down before.
+func (s *Stores) Close() error { return s.bolt.Close() }
+
+// Open opens and verifies the stores: the B+tree, the checksum of every entry, the snapshots, and that log and
+// snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing is ever deleted.
+func (d *Dir) Open(opts Options) (*Stores, error) {
+	path := filepath.Join(d.Path, logFile)
+	first, last, err := inspect(path)
+	if err != nil {
+		return nil, err
+	}
+	snaps, err := d.openSnapshots(opts, first, last)
+	if err != nil {
+		return nil, err
+	}
+	var bolt *raftboltdb.BoltStore
+	err = Guarded("open raft log", path, func() (err error) {
+		bolt, err = raftboltdb.New(raftboltdb.Options{
+			Path:   path,
+			NoSync: opts.NoSync,
+			BoltOptions: &bbolt.Options{
+				Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType,
+			},
+			MsgpackUseNewTimeFormat: true,
+		})
+		return err
+	})
+	if err != nil {
+		return nil, fault.Wrap(err, "open raft log", path)
+	}
+	var store raft.LogStore = bolt
+	if opts.Wrap != nil {
+		store = opts.Wrap(store)
+	}
+	watch := newWatch(opts.Limit)
+	s := &Stores{
+		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: bolt, watch: watch}, Snapshots: snaps, bolt: bolt,
+	}
+	if s.HasState, err = raft.HasExistingState(s.Log, s.Stable, snaps); err != nil {
+		return nil, errors.Join(fault.As(fault.Corrupt, err, "look for raft state", d.Path), bolt.Close())
+	}
+	return s, nil
+}
+
+// inspect reads the whole log once, read only, before anything is built upon it.
+func inspect(path string) (first, last uint64, err error) {
+	info, err := os.Stat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, 0, nil
+	}
+	if err != nil {
+		return 0, 0, fault.As(fault.Internal, err, "open raft log", path)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		if err := os.Chmod(path, 0o600); err != nil {
+			return 0, 0, fault.As(fault.Denied, err, "make raft log private", path)
+		}
+	}
+	err = Guarded("verify raft log", path, func() error {
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
+		if err != nil {
+			return err
+		}
+		defer func() { _ = db.Close() }()
+		return db.View(func(tx *bbolt.Tx) error {
+			for err := range tx.Check() {
+				return fault.New(fault.Corrupt, "verify raft log", path, "%w", err)
+			}
+			logs := tx.Bucket([]byte("logs"))
+			if logs == nil {
+				return nil // made, but never written to: the first boot was cut short
+			}
+			return logs.ForEach(func(key, value []byte) error {
+				index, err := checkRecord(key, value)
+				if err != nil {
+					return err
+				}
+				if first == 0 {
+					first = index
+				}
+				last = index
+				return nil
+			})
+		})
+	})
+	switch {
+	case err == nil:
+		return first, last, nil
+	case errors.Is(err, bbolt.ErrTimeout):
+		return 0, 0, fault.As(fault.Conflict, err, "open raft log", path)
+	case fault.Is(err, fault.Corrupt):
+		return 0, 0, err
+	default:
+		return 0, 0, damaged(path, err)
+	}
+}
+
+func damaged(path string, cause error) error {
+	return fault.New(fault.Corrupt, "verify raft log", path,
+		"the file is damaged (%w). The other members hold the same entries: move this node's data directory away "+
+			"and start it again under the same name, and it rejoins as a replaced disk", cause)
+}
+
+// openSnapshots opens the store and proves that some readable snapshot reaches the log's first entry.
+func (d *Dir) openSnapshots(opts Options, first, last uint64) (raft.SnapshotStore, error) {
+	logger := opts.Logger
+	if logger == nil {
+		logger = hclog.NewNullLogger()
+	}
+	store, err := raft.NewFileSnapshotStoreWithLogger(d.Path, max(opts.Retain, 2), logger)
+	if err != nil {
+		return nil, fault.As(fault.Invalid, err, "open snapshots", d.Path)
+	}
+	metas, err := store.List()
+	if err != nil {
+		return nil, fault.As(fault.Corrupt, err, "list snapshots", d.Path)
+	}
+	var newest uint64
+	var broken []error
+	for _, m := range metas {
+		_, body, err := store.Open(m.ID) // Open reads it all and compares the checksum
+		if err != nil {
+			broken = append(broken, fmt.Errorf("snapshot %s: %w", m.ID, err))
+			continue
+		}
+		_ = body.Close()
+		newest = max(newest, m.Index)
+	}
+	if len(metas) > 0 && len(broken) == len(metas) || first > newest+1 {
+		return nil, fault.New(fault.Corrupt, "open snapshots", d.Path,
+			"no readable snapshot reaches the log's first entry %d (last entry %d, best snapshot %d): %w. "+
+				"Move this node's data directory away and start it again under the same name", first, last, newest,
+			errors.Join(append(broken, errors.New("the state between them is not on this disk"))...))
+	}
+	return store, nil
+}
+
+// Guarded runs f so that a panic in it, and a fault on memory-mapped bytes that the file no longer has, come back as
+// fault.Corrupt. It is for reading files that others may have damaged.
+func Guarded(op, subject string, f func() error) (err error) {
+	old := debug.SetPanicOnFault(true)
+	defer debug.SetPanicOnFault(old)
+	defer func() {
+		if p := recover(); p != nil {
+			err = fault.New(fault.Corrupt, op, subject, "the file is damaged: %v", p)
+		}
+	}()
+	return f()
+}

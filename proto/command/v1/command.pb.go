@@ -41,6 +41,7 @@ type Command struct {
 	//	*Command_Leave
 	//	*Command_Tick
 	//	*Command_RemoveNode
+	//	*Command_Restored
 	//	*Command_RegisterPlugin
 	//	*Command_DeregisterPlugin
 	//	*Command_SetPin
@@ -170,6 +171,15 @@ func (x *Command) GetRemoveNode() *RemoveNode {
 	if x != nil {
 		if x, ok := x.Body.(*Command_RemoveNode); ok {
 			return x.RemoveNode
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRestored() *Restored {
+	if x != nil {
+		if x, ok := x.Body.(*Command_Restored); ok {
+			return x.Restored
 		}
 	}
 	return nil
@@ -434,6 +444,10 @@ type Command_RemoveNode struct {
 	RemoveNode *RemoveNode `protobuf:"bytes,14,opt,name=remove_node,json=removeNode,proto3,oneof"`
 }
 
+type Command_Restored struct {
+	Restored *Restored `protobuf:"bytes,15,opt,name=restored,proto3,oneof"`
+}
+
 type Command_RegisterPlugin struct {
 	RegisterPlugin *RegisterPlugin `protobuf:"bytes,20,opt,name=register_plugin,json=registerPlugin,proto3,oneof"`
 }
@@ -548,6 +562,8 @@ func (*Command_Tick) isCommand_Body() {}
 
 func (*Command_RemoveNode) isCommand_Body() {}
 
+func (*Command_Restored) isCommand_Body() {}
+
 func (*Command_RegisterPlugin) isCommand_Body() {}
 
 func (*Command_DeregisterPlugin) isCommand_Body() {}
@@ -637,6 +653,52 @@ func (*Tick) Descriptor() ([]byte, []int) {
 	return file_command_v1_command_proto_rawDescGZIP(), []int{1}
 }
 
+// Restored follows an operator's restore of a snapshot, proposed by the leader that did it: every mount gets this entry's
+// index as its generation and starts afresh, overrides end, and reloads that were under way are aborted.
+type Restored struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Why           string                 `protobuf:"bytes,1,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Restored) Reset() {
+	*x = Restored{}
+	mi := &file_command_v1_command_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Restored) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Restored) ProtoMessage() {}
+
+func (x *Restored) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_command_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Restored.ProtoReflect.Descriptor instead.
+func (*Restored) Descriptor() ([]byte, []int) {
+	return file_command_v1_command_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Restored) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 // Result is what Apply answers to the proposer, also across a forwarded proposal.
 type Result struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -656,7 +718,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_command_v1_command_proto_msgTypes[2]
+	mi := &file_command_v1_command_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -668,7 +730,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_command_proto_msgTypes[2]
+	mi := &file_command_v1_command_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -681,7 +743,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_command_v1_command_proto_rawDescGZIP(), []int{2}
+	return file_command_v1_command_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Result) GetIndex() uint64 {
@@ -730,7 +792,7 @@ var File_command_v1_command_proto protoreflect.FileDescriptor
 
 const file_command_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xb3\x11\n" +
+	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xf0\x11\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"elapsed_ns\x18\x01 \x01(\x04R\telapsedNs\x12\x17\n" +
@@ -743,7 +805,8 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"\x05leave\x18\f \x01(\v2\x1a.rollcall.command.v1.LeaveH\x00R\x05leave\x12/\n" +
 	"\x04tick\x18\r \x01(\v2\x19.rollcall.command.v1.TickH\x00R\x04tick\x12B\n" +
 	"\vremove_node\x18\x0e \x01(\v2\x1f.rollcall.command.v1.RemoveNodeH\x00R\n" +
-	"removeNode\x12N\n" +
+	"removeNode\x12;\n" +
+	"\brestored\x18\x0f \x01(\v2\x1d.rollcall.command.v1.RestoredH\x00R\brestored\x12N\n" +
 	"\x0fregister_plugin\x18\x14 \x01(\v2#.rollcall.command.v1.RegisterPluginH\x00R\x0eregisterPlugin\x12T\n" +
 	"\x11deregister_plugin\x18\x15 \x01(\v2%.rollcall.command.v1.DeregisterPluginH\x00R\x10deregisterPlugin\x126\n" +
 	"\aset_pin\x18\x16 \x01(\v2\x1b.rollcall.command.v1.SetPinH\x00R\x06setPin\x12?\n" +
@@ -776,7 +839,9 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"\tput_lease\x18B \x01(\v2\x1d.rollcall.command.v1.PutLeaseH\x00R\bputLease\x12E\n" +
 	"\fremove_lease\x18C \x01(\v2 .rollcall.command.v1.RemoveLeaseH\x00R\vremoveLeaseB\x06\n" +
 	"\x04body\"\x06\n" +
-	"\x04Tick\"\xa4\x01\n" +
+	"\x04Tick\"\x1c\n" +
+	"\bRestored\x12\x10\n" +
+	"\x03why\x18\x01 \x01(\tR\x03why\"\xa4\x01\n" +
 	"\x06Result\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\x04R\x05index\x12\x1d\n" +
 	"\n" +
@@ -799,79 +864,81 @@ func file_command_v1_command_proto_rawDescGZIP() []byte {
 	return file_command_v1_command_proto_rawDescData
 }
 
-var file_command_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_command_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_command_v1_command_proto_goTypes = []any{
 	(*Command)(nil),          // 0: rollcall.command.v1.Command
 	(*Tick)(nil),             // 1: rollcall.command.v1.Tick
-	(*Result)(nil),           // 2: rollcall.command.v1.Result
-	(*InitCluster)(nil),      // 3: rollcall.command.v1.InitCluster
-	(*Hello)(nil),            // 4: rollcall.command.v1.Hello
-	(*Leave)(nil),            // 5: rollcall.command.v1.Leave
-	(*RemoveNode)(nil),       // 6: rollcall.command.v1.RemoveNode
-	(*RegisterPlugin)(nil),   // 7: rollcall.command.v1.RegisterPlugin
-	(*DeregisterPlugin)(nil), // 8: rollcall.command.v1.DeregisterPlugin
-	(*SetPin)(nil),           // 9: rollcall.command.v1.SetPin
-	(*DeletePin)(nil),        // 10: rollcall.command.v1.DeletePin
-	(*EnableMount)(nil),      // 11: rollcall.command.v1.EnableMount
-	(*DisableMount)(nil),     // 12: rollcall.command.v1.DisableMount
-	(*TuneMount)(nil),        // 13: rollcall.command.v1.TuneMount
-	(*MoveMount)(nil),        // 14: rollcall.command.v1.MoveMount
-	(*TakeOver)(nil),         // 15: rollcall.command.v1.TakeOver
-	(*WriteStorage)(nil),     // 16: rollcall.command.v1.WriteStorage
-	(*StartReload)(nil),      // 17: rollcall.command.v1.StartReload
-	(*ReportBatch)(nil),      // 18: rollcall.command.v1.ReportBatch
-	(*ExpireReload)(nil),     // 19: rollcall.command.v1.ExpireReload
-	(*ControlReload)(nil),    // 20: rollcall.command.v1.ControlReload
-	(*ExcludeNode)(nil),      // 21: rollcall.command.v1.ExcludeNode
-	(*FenceNode)(nil),        // 22: rollcall.command.v1.FenceNode
-	(*AdvanceWave)(nil),      // 23: rollcall.command.v1.AdvanceWave
-	(*DropReloads)(nil),      // 24: rollcall.command.v1.DropReloads
-	(*PutToken)(nil),         // 25: rollcall.command.v1.PutToken
-	(*RevokeToken)(nil),      // 26: rollcall.command.v1.RevokeToken
-	(*PutPolicy)(nil),        // 27: rollcall.command.v1.PutPolicy
-	(*DeletePolicy)(nil),     // 28: rollcall.command.v1.DeletePolicy
-	(*PutNamespace)(nil),     // 29: rollcall.command.v1.PutNamespace
-	(*DeleteNamespace)(nil),  // 30: rollcall.command.v1.DeleteNamespace
-	(*PutLease)(nil),         // 31: rollcall.command.v1.PutLease
-	(*RemoveLease)(nil),      // 32: rollcall.command.v1.RemoveLease
+	(*Restored)(nil),         // 2: rollcall.command.v1.Restored
+	(*Result)(nil),           // 3: rollcall.command.v1.Result
+	(*InitCluster)(nil),      // 4: rollcall.command.v1.InitCluster
+	(*Hello)(nil),            // 5: rollcall.command.v1.Hello
+	(*Leave)(nil),            // 6: rollcall.command.v1.Leave
+	(*RemoveNode)(nil),       // 7: rollcall.command.v1.RemoveNode
+	(*RegisterPlugin)(nil),   // 8: rollcall.command.v1.RegisterPlugin
+	(*DeregisterPlugin)(nil), // 9: rollcall.command.v1.DeregisterPlugin
+	(*SetPin)(nil),           // 10: rollcall.command.v1.SetPin
+	(*DeletePin)(nil),        // 11: rollcall.command.v1.DeletePin
+	(*EnableMount)(nil),      // 12: rollcall.command.v1.EnableMount
+	(*DisableMount)(nil),     // 13: rollcall.command.v1.DisableMount
+	(*TuneMount)(nil),        // 14: rollcall.command.v1.TuneMount
+	(*MoveMount)(nil),        // 15: rollcall.command.v1.MoveMount
+	(*TakeOver)(nil),         // 16: rollcall.command.v1.TakeOver
+	(*WriteStorage)(nil),     // 17: rollcall.command.v1.WriteStorage
+	(*StartReload)(nil),      // 18: rollcall.command.v1.StartReload
+	(*ReportBatch)(nil),      // 19: rollcall.command.v1.ReportBatch
+	(*ExpireReload)(nil),     // 20: rollcall.command.v1.ExpireReload
+	(*ControlReload)(nil),    // 21: rollcall.command.v1.ControlReload
+	(*ExcludeNode)(nil),      // 22: rollcall.command.v1.ExcludeNode
+	(*FenceNode)(nil),        // 23: rollcall.command.v1.FenceNode
+	(*AdvanceWave)(nil),      // 24: rollcall.command.v1.AdvanceWave
+	(*DropReloads)(nil),      // 25: rollcall.command.v1.DropReloads
+	(*PutToken)(nil),         // 26: rollcall.command.v1.PutToken
+	(*RevokeToken)(nil),      // 27: rollcall.command.v1.RevokeToken
+	(*PutPolicy)(nil),        // 28: rollcall.command.v1.PutPolicy
+	(*DeletePolicy)(nil),     // 29: rollcall.command.v1.DeletePolicy
+	(*PutNamespace)(nil),     // 30: rollcall.command.v1.PutNamespace
+	(*DeleteNamespace)(nil),  // 31: rollcall.command.v1.DeleteNamespace
+	(*PutLease)(nil),         // 32: rollcall.command.v1.PutLease
+	(*RemoveLease)(nil),      // 33: rollcall.command.v1.RemoveLease
 }
 var file_command_v1_command_proto_depIdxs = []int32{
-	3,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
-	4,  // 1: rollcall.command.v1.Command.hello:type_name -> rollcall.command.v1.Hello
-	5,  // 2: rollcall.command.v1.Command.leave:type_name -> rollcall.command.v1.Leave
+	4,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
+	5,  // 1: rollcall.command.v1.Command.hello:type_name -> rollcall.command.v1.Hello
+	6,  // 2: rollcall.command.v1.Command.leave:type_name -> rollcall.command.v1.Leave
 	1,  // 3: rollcall.command.v1.Command.tick:type_name -> rollcall.command.v1.Tick
-	6,  // 4: rollcall.command.v1.Command.remove_node:type_name -> rollcall.command.v1.RemoveNode
-	7,  // 5: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
-	8,  // 6: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
-	9,  // 7: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
-	10, // 8: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
-	11, // 9: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
-	12, // 10: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
-	13, // 11: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
-	14, // 12: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
-	15, // 13: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
-	16, // 14: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
-	17, // 15: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
-	18, // 16: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
-	19, // 17: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
-	20, // 18: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
-	21, // 19: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
-	22, // 20: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
-	23, // 21: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
-	24, // 22: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
-	25, // 23: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
-	26, // 24: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
-	27, // 25: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
-	28, // 26: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
-	29, // 27: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
-	30, // 28: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
-	31, // 29: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
-	32, // 30: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	7,  // 4: rollcall.command.v1.Command.remove_node:type_name -> rollcall.command.v1.RemoveNode
+	2,  // 5: rollcall.command.v1.Command.restored:type_name -> rollcall.command.v1.Restored
+	8,  // 6: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
+	9,  // 7: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
+	10, // 8: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
+	11, // 9: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
+	12, // 10: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
+	13, // 11: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
+	14, // 12: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
+	15, // 13: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
+	16, // 14: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
+	17, // 15: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
+	18, // 16: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
+	19, // 17: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
+	20, // 18: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
+	21, // 19: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
+	22, // 20: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
+	23, // 21: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
+	24, // 22: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
+	25, // 23: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
+	26, // 24: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
+	27, // 25: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
+	28, // 26: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
+	29, // 27: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
+	30, // 28: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
+	31, // 29: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
+	32, // 30: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
+	33, // 31: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_command_proto_init() }
@@ -891,6 +958,7 @@ func file_command_v1_command_proto_init() {
 		(*Command_Leave)(nil),
 		(*Command_Tick)(nil),
 		(*Command_RemoveNode)(nil),
+		(*Command_Restored)(nil),
 		(*Command_RegisterPlugin)(nil),
 		(*Command_DeregisterPlugin)(nil),
 		(*Command_SetPin)(nil),
@@ -924,7 +992,7 @@ func file_command_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_command_v1_command_proto_rawDesc), len(file_command_v1_command_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   3,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

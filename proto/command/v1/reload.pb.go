@@ -746,7 +746,9 @@ type StartReload struct {
 	// A rollback: the targets go to the spec that they had before their last switch.
 	ToPrevious bool `protobuf:"varint,9,opt,name=to_previous,json=toPrevious,proto3" json:"to_previous,omitempty"`
 	// Id of the reload that this one rolls back; with to_previous.
-	RollsBack     string `protobuf:"bytes,10,opt,name=rolls_back,json=rollsBack,proto3" json:"rolls_back,omitempty"`
+	RollsBack string `protobuf:"bytes,10,opt,name=rolls_back,json=rollsBack,proto3" json:"rolls_back,omitempty"`
+	// Node that leads as this is proposed: in waves it comes last. Not part of the request hash.
+	LeaderId      string `protobuf:"bytes,11,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -847,6 +849,13 @@ func (x *StartReload) GetToPrevious() bool {
 func (x *StartReload) GetRollsBack() string {
 	if x != nil {
 		return x.RollsBack
+	}
+	return ""
+}
+
+func (x *StartReload) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
 	}
 	return ""
 }
@@ -1451,10 +1460,13 @@ func (x *ControlReload) GetRequestedBy() string {
 
 // ExcludeNode leaves a participant out of a reload that prepares: the leader proved that its lease is over.
 type ExcludeNode struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ReloadId      string                 `protobuf:"bytes,1,opt,name=reload_id,json=reloadId,proto3" json:"reload_id,omitempty"`
-	NodeId        string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
-	Incarnation   uint64                 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ReloadId    string                 `protobuf:"bytes,1,opt,name=reload_id,json=reloadId,proto3" json:"reload_id,omitempty"`
+	NodeId      string                 `protobuf:"bytes,2,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	Incarnation uint64                 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// The voters of the Raft configuration as the leader sees it, which alone knows them: a majority of them must have
+	// prepared before the reload may be committed. Empty means a majority of the participants instead.
+	Voters        []string `protobuf:"bytes,4,rep,name=voters,proto3" json:"voters,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1508,6 +1520,13 @@ func (x *ExcludeNode) GetIncarnation() uint64 {
 		return x.Incarnation
 	}
 	return 0
+}
+
+func (x *ExcludeNode) GetVoters() []string {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
 }
 
 // FenceNode says that a participant of a committed reload can no longer answer: its lease is over. The node gets no
@@ -1720,10 +1739,13 @@ func (x *Gate) GetWhy() string {
 
 // AdvanceWave closes the bake of wave and lets the next one prepare, pauses, or starts the rollback.
 type AdvanceWave struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	ReloadId      string                 `protobuf:"bytes,1,opt,name=reload_id,json=reloadId,proto3" json:"reload_id,omitempty"`
-	Wave          uint32                 `protobuf:"varint,2,opt,name=wave,proto3" json:"wave,omitempty"`
-	Gate          *Gate                  `protobuf:"bytes,3,opt,name=gate,proto3" json:"gate,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	ReloadId string                 `protobuf:"bytes,1,opt,name=reload_id,json=reloadId,proto3" json:"reload_id,omitempty"`
+	Wave     uint32                 `protobuf:"varint,2,opt,name=wave,proto3" json:"wave,omitempty"`
+	Gate     *Gate                  `protobuf:"bytes,3,opt,name=gate,proto3" json:"gate,omitempty"`
+	// Node that leads as this is proposed. When it is another one than the reload knows and runs the other generation,
+	// nothing advances: the bake starts again. A gate without a verdict only tells of the leader.
+	LeaderId      string `protobuf:"bytes,4,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1777,6 +1799,13 @@ func (x *AdvanceWave) GetGate() *Gate {
 		return x.Gate
 	}
 	return nil
+}
+
+func (x *AdvanceWave) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
 }
 
 // DropReloads removes detailed records that ended before the clock value; the compact table keeps their ids.
@@ -1838,6 +1867,8 @@ type Target struct {
 	Unmounted      bool                   `protobuf:"varint,9,opt,name=unmounted,proto3" json:"unmounted,omitempty"`
 	Trial          string                 `protobuf:"bytes,10,opt,name=trial,proto3" json:"trial,omitempty"`
 	Fencing        string                 `protobuf:"bytes,11,opt,name=fencing,proto3" json:"fencing,omitempty"`
+	// The mount's configured version before the reload, for a rollback.
+	FromConfigured string `protobuf:"bytes,12,opt,name=from_configured,json=fromConfigured,proto3" json:"from_configured,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -1949,6 +1980,13 @@ func (x *Target) GetFencing() string {
 	return ""
 }
 
+func (x *Target) GetFromConfigured() string {
+	if x != nil {
+		return x.FromConfigured
+	}
+	return ""
+}
+
 // MountOutcome is a participant's part for one mount.
 type MountOutcome struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1957,7 +1995,11 @@ type MountOutcome struct {
 	Prepared  bool                   `protobuf:"varint,3,opt,name=prepared,proto3" json:"prepared,omitempty"`
 	Report    *MountReport           `protobuf:"bytes,4,opt,name=report,proto3" json:"report,omitempty"`
 	// Kept from the report that made it prepared, when a later one has replaced it.
-	PrepareSteps  []*Step `protobuf:"bytes,5,rep,name=prepare_steps,json=prepareSteps,proto3" json:"prepare_steps,omitempty"`
+	PrepareSteps []*Step `protobuf:"bytes,5,rep,name=prepare_steps,json=prepareSteps,proto3" json:"prepare_steps,omitempty"`
+	// The old generation can no longer answer here for this mount.
+	Safe bool `protobuf:"varint,6,opt,name=safe,proto3" json:"safe,omitempty"`
+	// What this node was to run before the commit, where that was an override of its own.
+	Was           *Wanted `protobuf:"bytes,7,opt,name=was,proto3" json:"was,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2023,6 +2065,20 @@ func (x *MountOutcome) GetReport() *MountReport {
 func (x *MountOutcome) GetPrepareSteps() []*Step {
 	if x != nil {
 		return x.PrepareSteps
+	}
+	return nil
+}
+
+func (x *MountOutcome) GetSafe() bool {
+	if x != nil {
+		return x.Safe
+	}
+	return false
+}
+
+func (x *MountOutcome) GetWas() *Wanted {
+	if x != nil {
+		return x.Was
 	}
 	return nil
 }
@@ -2143,9 +2199,11 @@ type WaveState struct {
 	Number         uint32                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
 	CommittedIndex uint64                 `protobuf:"varint,2,opt,name=committed_index,json=committedIndex,proto3" json:"committed_index,omitempty"`
 	// Log's clock when its bake began; 0 before.
-	BakeFromNs    uint64 `protobuf:"varint,3,opt,name=bake_from_ns,json=bakeFromNs,proto3" json:"bake_from_ns,omitempty"`
-	Gate          *Gate  `protobuf:"bytes,4,opt,name=gate,proto3" json:"gate,omitempty"`
-	Passed        bool   `protobuf:"varint,5,opt,name=passed,proto3" json:"passed,omitempty"`
+	BakeFromNs uint64 `protobuf:"varint,3,opt,name=bake_from_ns,json=bakeFromNs,proto3" json:"bake_from_ns,omitempty"`
+	Gate       *Gate  `protobuf:"bytes,4,opt,name=gate,proto3" json:"gate,omitempty"`
+	Passed     bool   `protobuf:"varint,5,opt,name=passed,proto3" json:"passed,omitempty"`
+	// What happened to it: promoted by hand, its bake started again.
+	Why           string `protobuf:"bytes,6,opt,name=why,proto3" json:"why,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2215,6 +2273,13 @@ func (x *WaveState) GetPassed() bool {
 	return false
 }
 
+func (x *WaveState) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 // Reload is a row of the reload table.
 type Reload struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -2231,7 +2296,11 @@ type Reload struct {
 	RollsBack   string                 `protobuf:"bytes,11,opt,name=rolls_back,json=rollsBack,proto3" json:"rolls_back,omitempty"`
 	// Id of the reload that rolls this one back.
 	RolledBackBy string `protobuf:"bytes,12,opt,name=rolled_back_by,json=rolledBackBy,proto3" json:"rolled_back_by,omitempty"`
-	Phase        Phase  `protobuf:"varint,20,opt,name=phase,proto3,enum=rollcall.command.v1.Phase" json:"phase,omitempty"`
+	// The leader as far as the log knows: last in waves.
+	LeaderId string `protobuf:"bytes,13,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	// Voters named by the last ExcludeNode.
+	Voters []string `protobuf:"bytes,14,rep,name=voters,proto3" json:"voters,omitempty"`
+	Phase  Phase    `protobuf:"varint,20,opt,name=phase,proto3,enum=rollcall.command.v1.Phase" json:"phase,omitempty"`
 	// Sorted by mount_uuid.
 	Targets []*Target `protobuf:"bytes,21,rep,name=targets,proto3" json:"targets,omitempty"`
 	// Sorted by node_id. Empty while queued.
@@ -2375,6 +2444,20 @@ func (x *Reload) GetRolledBackBy() string {
 		return x.RolledBackBy
 	}
 	return ""
+}
+
+func (x *Reload) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *Reload) GetVoters() []string {
+	if x != nil {
+		return x.Voters
+	}
+	return nil
 }
 
 func (x *Reload) GetPhase() Phase {
@@ -2667,7 +2750,7 @@ var File_command_v1_reload_proto protoreflect.FileDescriptor
 
 const file_command_v1_reload_proto_rawDesc = "" +
 	"\n" +
-	"\x17command/v1/reload.proto\x12\x13rollcall.command.v1\x1a\x18command/v1/catalog.proto\"\x82\x01\n" +
+	"\x17command/v1/reload.proto\x12\x13rollcall.command.v1\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\"\x82\x01\n" +
 	"\bSelector\x12\x1f\n" +
 	"\vplugin_type\x18\x01 \x01(\tR\n" +
 	"pluginType\x12\x16\n" +
@@ -2696,7 +2779,7 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"minSamples\x1a4\n" +
 	"\x04Wave\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\rR\x04size\x12\x18\n" +
-	"\apercent\x18\x02 \x01(\bR\apercent\"\x89\x03\n" +
+	"\apercent\x18\x02 \x01(\bR\apercent\"\xa6\x03\n" +
 	"\vStartReload\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
 	"\frequest_hash\x18\x02 \x01(\fR\vrequestHash\x129\n" +
@@ -2710,7 +2793,8 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"toPrevious\x12\x1d\n" +
 	"\n" +
 	"rolls_back\x18\n" +
-	" \x01(\tR\trollsBack\"r\n" +
+	" \x01(\tR\trollsBack\x12\x1b\n" +
+	"\tleader_id\x18\v \x01(\tR\bleaderId\"r\n" +
 	"\fProcessFacts\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06sha256\x18\x02 \x01(\tR\x06sha256\x12\x10\n" +
@@ -2774,11 +2858,12 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"\fACTION_ABORT\x10\x01\x12\x10\n" +
 	"\fACTION_PAUSE\x10\x02\x12\x11\n" +
 	"\rACTION_RESUME\x10\x03\x12\x12\n" +
-	"\x0eACTION_PROMOTE\x10\x04\"e\n" +
+	"\x0eACTION_PROMOTE\x10\x04\"}\n" +
 	"\vExcludeNode\x12\x1b\n" +
 	"\treload_id\x18\x01 \x01(\tR\breloadId\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12 \n" +
-	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\"c\n" +
+	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x16\n" +
+	"\x06voters\x18\x04 \x03(\tR\x06voters\"c\n" +
 	"\tFenceNode\x12\x1b\n" +
 	"\treload_id\x18\x01 \x01(\tR\breloadId\x12\x17\n" +
 	"\anode_id\x18\x02 \x01(\tR\x06nodeId\x12 \n" +
@@ -2801,13 +2886,14 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eVERDICT_PASSED\x10\x01\x12\x12\n" +
 	"\x0eVERDICT_FAILED\x10\x02\x12\x18\n" +
-	"\x14VERDICT_INCONCLUSIVE\x10\x03\"m\n" +
+	"\x14VERDICT_INCONCLUSIVE\x10\x03\"\x8a\x01\n" +
 	"\vAdvanceWave\x12\x1b\n" +
 	"\treload_id\x18\x01 \x01(\tR\breloadId\x12\x12\n" +
 	"\x04wave\x18\x02 \x01(\rR\x04wave\x12-\n" +
-	"\x04gate\x18\x03 \x01(\v2\x19.rollcall.command.v1.GateR\x04gate\"5\n" +
+	"\x04gate\x18\x03 \x01(\v2\x19.rollcall.command.v1.GateR\x04gate\x12\x1b\n" +
+	"\tleader_id\x18\x04 \x01(\tR\bleaderId\"5\n" +
 	"\vDropReloads\x12&\n" +
-	"\x0fbefore_clock_ns\x18\x01 \x01(\x04R\rbeforeClockNs\"\xdc\x02\n" +
+	"\x0fbefore_clock_ns\x18\x01 \x01(\x04R\rbeforeClockNs\"\x85\x03\n" +
 	"\x06Target\x12\x1d\n" +
 	"\n" +
 	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x1c\n" +
@@ -2821,14 +2907,17 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"\tunmounted\x18\t \x01(\bR\tunmounted\x12\x14\n" +
 	"\x05trial\x18\n" +
 	" \x01(\tR\x05trial\x12\x18\n" +
-	"\afencing\x18\v \x01(\tR\afencing\"\xfb\x01\n" +
+	"\afencing\x18\v \x01(\tR\afencing\x12'\n" +
+	"\x0ffrom_configured\x18\f \x01(\tR\x0efromConfigured\"\xbe\x02\n" +
 	"\fMountOutcome\x12\x1d\n" +
 	"\n" +
 	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x126\n" +
 	"\averdict\x18\x02 \x01(\x0e2\x1c.rollcall.command.v1.VerdictR\averdict\x12\x1a\n" +
 	"\bprepared\x18\x03 \x01(\bR\bprepared\x128\n" +
 	"\x06report\x18\x04 \x01(\v2 .rollcall.command.v1.MountReportR\x06report\x12>\n" +
-	"\rprepare_steps\x18\x05 \x03(\v2\x19.rollcall.command.v1.StepR\fprepareSteps\"\xbd\x02\n" +
+	"\rprepare_steps\x18\x05 \x03(\v2\x19.rollcall.command.v1.StepR\fprepareSteps\x12\x12\n" +
+	"\x04safe\x18\x06 \x01(\bR\x04safe\x12-\n" +
+	"\x03was\x18\a \x01(\v2\x1b.rollcall.command.v1.WantedR\x03was\"\xbd\x02\n" +
 	"\vParticipant\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12 \n" +
@@ -2838,14 +2927,15 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"\x04safe\x18\x06 \x01(\x0e2\x19.rollcall.command.v1.SafeR\x04safe\x129\n" +
 	"\x06mounts\x18\a \x03(\v2!.rollcall.command.v1.MountOutcomeR\x06mounts\x12*\n" +
 	"\x11last_report_index\x18\b \x01(\x04R\x0flastReportIndex\x12\x10\n" +
-	"\x03why\x18\t \x01(\tR\x03why\"\xb5\x01\n" +
+	"\x03why\x18\t \x01(\tR\x03why\"\xc7\x01\n" +
 	"\tWaveState\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\rR\x06number\x12'\n" +
 	"\x0fcommitted_index\x18\x02 \x01(\x04R\x0ecommittedIndex\x12 \n" +
 	"\fbake_from_ns\x18\x03 \x01(\x04R\n" +
 	"bakeFromNs\x12-\n" +
 	"\x04gate\x18\x04 \x01(\v2\x19.rollcall.command.v1.GateR\x04gate\x12\x16\n" +
-	"\x06passed\x18\x05 \x01(\bR\x06passed\"\xc9\t\n" +
+	"\x06passed\x18\x05 \x01(\bR\x06passed\x12\x10\n" +
+	"\x03why\x18\x06 \x01(\tR\x03why\"\xfe\t\n" +
 	"\x06Reload\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aaliases\x18\x02 \x03(\tR\aaliases\x12!\n" +
@@ -2861,7 +2951,9 @@ const file_command_v1_reload_proto_rawDesc = "" +
 	"toPrevious\x12\x1d\n" +
 	"\n" +
 	"rolls_back\x18\v \x01(\tR\trollsBack\x12$\n" +
-	"\x0erolled_back_by\x18\f \x01(\tR\frolledBackBy\x120\n" +
+	"\x0erolled_back_by\x18\f \x01(\tR\frolledBackBy\x12\x1b\n" +
+	"\tleader_id\x18\r \x01(\tR\bleaderId\x12\x16\n" +
+	"\x06voters\x18\x0e \x03(\tR\x06voters\x120\n" +
 	"\x05phase\x18\x14 \x01(\x0e2\x1a.rollcall.command.v1.PhaseR\x05phase\x125\n" +
 	"\atargets\x18\x15 \x03(\v2\x1b.rollcall.command.v1.TargetR\atargets\x12D\n" +
 	"\fparticipants\x18\x16 \x03(\v2 .rollcall.command.v1.ParticipantR\fparticipants\x124\n" +
@@ -2982,6 +3074,7 @@ var file_command_v1_reload_proto_goTypes = []any{
 	(*ReloadID)(nil),          // 30: rollcall.command.v1.ReloadID
 	(*Options_Wave)(nil),      // 31: rollcall.command.v1.Options.Wave
 	(*Spec)(nil),              // 32: rollcall.command.v1.Spec
+	(*Wanted)(nil),            // 33: rollcall.command.v1.Wanted
 }
 var file_command_v1_reload_proto_depIdxs = []int32{
 	1,  // 0: rollcall.command.v1.Options.strategy:type_name -> rollcall.command.v1.Strategy
@@ -3009,21 +3102,22 @@ var file_command_v1_reload_proto_depIdxs = []int32{
 	3,  // 22: rollcall.command.v1.MountOutcome.verdict:type_name -> rollcall.command.v1.Verdict
 	14, // 23: rollcall.command.v1.MountOutcome.report:type_name -> rollcall.command.v1.MountReport
 	12, // 24: rollcall.command.v1.MountOutcome.prepare_steps:type_name -> rollcall.command.v1.Step
-	4,  // 25: rollcall.command.v1.Participant.safe:type_name -> rollcall.command.v1.Safe
-	26, // 26: rollcall.command.v1.Participant.mounts:type_name -> rollcall.command.v1.MountOutcome
-	22, // 27: rollcall.command.v1.WaveState.gate:type_name -> rollcall.command.v1.Gate
-	8,  // 28: rollcall.command.v1.Reload.selector:type_name -> rollcall.command.v1.Selector
-	0,  // 29: rollcall.command.v1.Reload.scope:type_name -> rollcall.command.v1.Scope
-	9,  // 30: rollcall.command.v1.Reload.options:type_name -> rollcall.command.v1.Options
-	2,  // 31: rollcall.command.v1.Reload.phase:type_name -> rollcall.command.v1.Phase
-	25, // 32: rollcall.command.v1.Reload.targets:type_name -> rollcall.command.v1.Target
-	27, // 33: rollcall.command.v1.Reload.participants:type_name -> rollcall.command.v1.Participant
-	28, // 34: rollcall.command.v1.Reload.waves:type_name -> rollcall.command.v1.WaveState
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	33, // 25: rollcall.command.v1.MountOutcome.was:type_name -> rollcall.command.v1.Wanted
+	4,  // 26: rollcall.command.v1.Participant.safe:type_name -> rollcall.command.v1.Safe
+	26, // 27: rollcall.command.v1.Participant.mounts:type_name -> rollcall.command.v1.MountOutcome
+	22, // 28: rollcall.command.v1.WaveState.gate:type_name -> rollcall.command.v1.Gate
+	8,  // 29: rollcall.command.v1.Reload.selector:type_name -> rollcall.command.v1.Selector
+	0,  // 30: rollcall.command.v1.Reload.scope:type_name -> rollcall.command.v1.Scope
+	9,  // 31: rollcall.command.v1.Reload.options:type_name -> rollcall.command.v1.Options
+	2,  // 32: rollcall.command.v1.Reload.phase:type_name -> rollcall.command.v1.Phase
+	25, // 33: rollcall.command.v1.Reload.targets:type_name -> rollcall.command.v1.Target
+	27, // 34: rollcall.command.v1.Reload.participants:type_name -> rollcall.command.v1.Participant
+	28, // 35: rollcall.command.v1.Reload.waves:type_name -> rollcall.command.v1.WaveState
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_reload_proto_init() }
@@ -3032,6 +3126,7 @@ func file_command_v1_reload_proto_init() {
 		return
 	}
 	file_command_v1_catalog_proto_init()
+	file_command_v1_mount_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -286,14 +286,16 @@ type SnapshotHeader struct {
 	// Version of this format. A newer one than the reader knows is refused with a reason.
 	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
 	// Index of the last command applied.
-	Index         uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
-	Term          uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
-	ClusterId     string `protobuf:"bytes,4,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	ClusterName   string `protobuf:"bytes,5,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
-	ClockNs       uint64 `protobuf:"varint,6,opt,name=clock_ns,json=clockNs,proto3" json:"clock_ns,omitempty"`
-	TokenSalt     []byte `protobuf:"bytes,7,opt,name=token_salt,json=tokenSalt,proto3" json:"token_salt,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Index       uint64 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	Term        uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
+	ClusterId   string `protobuf:"bytes,4,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterName string `protobuf:"bytes,5,opt,name=cluster_name,json=clusterName,proto3" json:"cluster_name,omitempty"`
+	ClockNs     uint64 `protobuf:"varint,6,opt,name=clock_ns,json=clockNs,proto3" json:"clock_ns,omitempty"`
+	TokenSalt   []byte `protobuf:"bytes,7,opt,name=token_salt,json=tokenSalt,proto3" json:"token_salt,omitempty"`
+	// Made by an operator's restore (fsm.Rebase): may replace a newer state. A Restored entry follows it.
+	OperatorRestore bool `protobuf:"varint,8,opt,name=operator_restore,json=operatorRestore,proto3" json:"operator_restore,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
@@ -373,6 +375,13 @@ func (x *SnapshotHeader) GetTokenSalt() []byte {
 		return x.TokenSalt
 	}
 	return nil
+}
+
+func (x *SnapshotHeader) GetOperatorRestore() bool {
+	if x != nil {
+		return x.OperatorRestore
+	}
+	return false
 }
 
 type StorageEntry struct {
@@ -524,7 +533,7 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"\tnamespace\x18\v \x01(\v2\x1e.rollcall.command.v1.NamespaceH\x00R\tnamespace\x122\n" +
 	"\x05lease\x18\f \x01(\v2\x1a.rollcall.command.v1.LeaseH\x00R\x05lease\x12@\n" +
 	"\atrailer\x18\x0f \x01(\v2$.rollcall.command.v1.SnapshotTrailerH\x00R\atrailerB\b\n" +
-	"\x06record\"\xce\x01\n" +
+	"\x06record\"\xf9\x01\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
@@ -534,7 +543,8 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"\fcluster_name\x18\x05 \x01(\tR\vclusterName\x12\x19\n" +
 	"\bclock_ns\x18\x06 \x01(\x04R\aclockNs\x12\x1d\n" +
 	"\n" +
-	"token_salt\x18\a \x01(\fR\ttokenSalt\"\x88\x01\n" +
+	"token_salt\x18\a \x01(\fR\ttokenSalt\x12)\n" +
+	"\x10operator_restore\x18\b \x01(\bR\x0foperatorRestore\"\x88\x01\n" +
 	"\fStorageEntry\x12\x1d\n" +
 	"\n" +
 	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x10\n" +

@@ -205,7 +205,19 @@ func (ld *leader) gated(ctx context.Context, res gateResult) {
 	ld.r.log.Info("gate", "reload_id", rl.GetId(), "wave", res.wave, "verdict", gate.GetVerdict().String(),
 		"why", gate.GetWhy())
 	ld.propose(ctx, "advance wave", &commandv1.Command{Body: &commandv1.Command_AdvanceWave{
-		AdvanceWave: &commandv1.AdvanceWave{ReloadId: rl.GetId(), Wave: res.wave, Gate: gate},
+		AdvanceWave: &commandv1.AdvanceWave{ReloadId: rl.GetId(), Wave: res.wave, Gate: gate, LeaderId: ld.r.self},
+	}})
+}
+
+// introduce tells a reload in waves that another node leads than it knows: if that one runs the other generation, the
+// state starts the wave's bake again.
+func (ld *leader) introduce(ctx context.Context, rl *commandv1.Reload) bool {
+	if !inWaves(rl) || rl.GetPhase() != commandv1.Phase_PHASE_COMMITTED || rl.GetLeaderId() == ld.r.self ||
+		!ld.once("leader/"+rl.GetId()) {
+		return false
+	}
+	return ld.propose(ctx, "name the leader", &commandv1.Command{Body: &commandv1.Command_AdvanceWave{
+		AdvanceWave: &commandv1.AdvanceWave{ReloadId: rl.GetId(), Wave: rl.GetWave(), LeaderId: ld.r.self},
 	}})
 }
 

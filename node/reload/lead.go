@@ -143,7 +143,7 @@ func (ld *leader) pass(ctx context.Context, v View, now time.Time) (wait time.Du
 
 // advance does what is due for one running reload.
 func (ld *leader) advance(ctx context.Context, v View, rl *commandv1.Reload, now time.Time) (time.Duration, bool) {
-	if ld.expire(ctx, v, rl, now) {
+	if ld.expire(ctx, v, rl, now) || ld.introduce(ctx, rl) {
 		return 0, true
 	}
 	wait := ld.timers[rl.GetId()].left(now)

@@ -114,7 +114,10 @@ func (ld *leader) exclude(ctx context.Context, v View, rl *commandv1.Reload) boo
 	return ld.fenced(p, func() {
 		ld.r.log.Warn("leaving out a node without a lease", "reload_id", rl.GetId(), "excluded", p.GetNodeId())
 		ld.propose(ctx, "exclude node", &commandv1.Command{Body: &commandv1.Command_ExcludeNode{
-			ExcludeNode: &commandv1.ExcludeNode{ReloadId: rl.GetId(), NodeId: p.GetNodeId(), Incarnation: p.GetIncarnation()},
+			ExcludeNode: &commandv1.ExcludeNode{
+				ReloadId: rl.GetId(), NodeId: p.GetNodeId(), Incarnation: p.GetIncarnation(),
+				Voters: ld.r.cfg.Replica.Voters(),
+			},
 		}})
 	})
 }

@@ -175,7 +175,7 @@ func TestEnvironmentBeatsFileBeatsDefault(t *testing.T) {
 
 func TestWhatTheFileDoesNotKnowIsAnErrorAtItsLine(t *testing.T) {
 	for name, c := range map[string]struct{ file, text, want string }{
-		"unknown key":        {"n.hcl", "name = \"a\"\nnmae = \"b\"\n", "n.hcl:2: unsupported argument"},
+		"unknown key":        {"n.hcl", "name = \"a\"\nnaem = \"b\"\n", "n.hcl:2: unsupported argument"},
 		"unknown in a block": {"n.hcl", "http {\n  lissten = \"x\"\n}\n", `Did you mean "listen"`},
 		"unknown block":      {"n.hcl", "\n\nhtpp {}\n", "n.hcl:3: unsupported block"},
 		"unknown in JSON":    {"n.json", "{\n \"http\": {\n  \"lissten\": 1}}", "n.json:3: "},

@@ -141,7 +141,7 @@ func (c *Config) validateAddresses(p *problems) {
 
 // address checks a pair of listen and advertise.
 func (p *problems) address(block, listen, advertise string) {
-	host, port, err := splitAddress(listen)
+	host, _, err := splitAddress(listen)
 	if err != nil {
 		p.add(block+".listen", "%v", err)
 		return
@@ -152,7 +152,7 @@ func (p *problems) address(block, listen, advertise string) {
 			block, listen)
 		return
 	}
-	host, port, err = splitAddress(advertise)
+	host, port, err := splitAddress(advertise)
 	switch {
 	case err != nil:
 		p.add(block+".advertise", "%v", err)

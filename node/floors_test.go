@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -75,10 +76,8 @@ func arrow(from, to string) string {
 		return ""
 	}
 	if allowed, narrow := only[a]; narrow {
-		for _, name := range allowed {
-			if name == b {
-				return ""
-			}
+		if slices.Contains(allowed, b) {
+			return ""
 		}
 		return fmt.Sprintf("%s imports %s: %s may know %s and nothing else", from, to, a, strings.Join(allowed, " and "))
 	}

@@ -113,10 +113,11 @@ func plainValue(v any) any {
 
 func (l *hcLogger) Log(level hclog.Level, msg string, args ...any) { l.emit(level, msg, args) }
 func (l *hcLogger) Trace(msg string, args ...any)                  { l.emit(hclog.Trace, msg, args) }
-func (l *hcLogger) Debug(msg string, args ...any)                  { l.emit(hclog.Debug, msg, args) }
-func (l *hcLogger) Info(msg string, args ...any)                   { l.emit(hclog.Info, msg, args) }
-func (l *hcLogger) Warn(msg string, args ...any)                   { l.emit(hclog.Warn, msg, args) }
-func (l *hcLogger) Error(msg string, args ...any)                  { l.emit(hclog.Error, msg, args) }
+
+func (l *hcLogger) Debug(msg string, args ...any) { l.emit(hclog.Debug, msg, args) }
+func (l *hcLogger) Info(msg string, args ...any)  { l.emit(hclog.Info, msg, args) }
+func (l *hcLogger) Warn(msg string, args ...any)  { l.emit(hclog.Warn, msg, args) }
+func (l *hcLogger) Error(msg string, args ...any) { l.emit(hclog.Error, msg, args) }
 
 func (l *hcLogger) IsTrace() bool { return l.enabled(LevelTrace) }
 func (l *hcLogger) IsDebug() bool { return l.enabled(slog.LevelDebug) }

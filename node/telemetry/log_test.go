@@ -81,7 +81,7 @@ func TestTextFromOutsideCannotForgeALine(t *testing.T) {
 
 func TestSecretsAreRedactedByKey(t *testing.T) {
 	l, buf := newLogger(t, slog.LevelInfo)
-	l.With("token", "s.one").WithGroup("request").Info("login", "Password", "two", "path", "auth/x")
+	l.With("token", "s.one").WithGroup("request").Info("login", "password", "two", "path", "auth/x")
 	HCLog(l).Info("from a library", "secret_id", "three")
 	for _, secret := range []string{"s.one", "two", "three"} {
 		if strings.Contains(buf.String(), secret) {

@@ -145,7 +145,7 @@ func (m *material) recognise(cs tls.ConnectionState, name string) (Identity, err
 		return Identity{}, fault.New(fault.Denied, "recognise peer", id.String(), "role %q does not answer calls", id.Role)
 	}
 	if name != "" && id.Name != name {
-		return Identity{}, fault.New(fault.Denied, "recognise peer", id.String(), "%q was expected at this address", name)
+		return Identity{}, fault.New(fault.Denied, "recognise peer", id.String(), "node %s was expected at this address", name)
 	}
 	return id, nil
 }

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -168,7 +169,7 @@ func (c *Client) Events(ctx context.Context, since string, filter url.Values, f 
 	pause := 100 * time.Millisecond
 	for {
 		got, err := c.events(ctx, &since, filter, f)
-		if stop, ok := err.(errStop); ok {
+		if stop, ok := errors.AsType[errStop](err); ok {
 			return stop.error
 		}
 		if ctx.Err() != nil {
@@ -215,7 +216,7 @@ func (c *Client) events(ctx context.Context, since *string, filter url.Values, f
 		}
 		return nil
 	})
-	if _, ok := err.(errStop); !ok { // the next connection begins elsewhere
+	if _, ok := errors.AsType[errStop](err); !ok { // the next connection begins elsewhere
 		if addrs := c.addresses(); len(addrs) > 1 {
 			c.demote(addrs[0])
 		}

@@ -1,0 +1,356 @@
+package fsm
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+
+	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
+)
+
+// expireReload ends the phase that the leader's timer was for, when the reload is still in it.
+func (e *entry) expireReload(c *commandv1.ExpireReload) error {
+	stored := e.findReload(c.GetId())
+	if stored == nil {
+		return fault.Text(fault.NotFound, "no reload with id %q", trim(c.GetId(), maxName))
+	}
+	if stored.GetPhase() != c.GetPhase() || stored.GetWave() != c.GetWave() {
+		return fault.Text(fault.Stale, "reload %s is not in that phase any more", stored.GetId())
+	}
+	r := clone(stored)
+	switch r.GetPhase() {
+	case commandv1.Phase_PHASE_QUEUED:
+		e.finish(r, commandv1.Phase_PHASE_ABORTED, "waited too long for the reloads before it")
+	case commandv1.Phase_PHASE_PREPARING:
+		e.giveUp(r, "not every node prepared in time: "+missing(r))
+	case commandv1.Phase_PHASE_COMMITTED:
+		if len(r.GetWaves()) > 0 && !finalWave(r) {
+			// Ended between waves, the cluster would run two versions with nobody in charge.
+			e.rollBack(r, "ran out of time in wave "+ordinal(r)+": "+missing(r))
+			return nil
+		}
+		e.finish(r, commandv1.Phase_PHASE_DONE, "ran out of time: "+missing(r))
+	default:
+		return fault.Text(fault.Stale, "reload %s has ended", r.GetId())
+	}
+	return nil
+}
+
+// finalWave reports whether the last wave is committed: the mounts themselves want the new generation then.
+func finalWave(r *commandv1.Reload) bool {
+	w := currentWave(r)
+	return w != nil && int(r.GetWave()) == len(r.GetWaves())-1 && w.GetCommittedIndex() > 0
+}
+
+// missing names who is waited for.
+func missing(r *commandv1.Reload) string {
+	var names []string
+	for _, p := range r.GetParticipants() {
+		waits := p.GetWave() <= r.GetWave() && !settled(p)
+		if r.GetPhase() == commandv1.Phase_PHASE_PREPARING {
+			waits = p.GetWave() == r.GetWave() && !out(p) && !preparedAll(p)
+		}
+		if waits {
+			names = append(names, p.GetName())
+		}
+	}
+	if len(names) == 0 {
+		return "nobody is waited for"
+	}
+	return "waited for " + trim(strings.Join(names, ", "), maxName)
+}
+
+// controlReload is what an operator may do to a reload under way.
+func (e *entry) controlReload(c *commandv1.ControlReload) error {
+	stored := e.findReload(c.GetId())
+	if stored == nil {
+		return fault.Text(fault.NotFound, "no reload with id %q", trim(c.GetId(), maxName))
+	}
+	e.res.Id = stored.GetId()
+	if !holds(stored.GetPhase()) && stored.GetPhase() != commandv1.Phase_PHASE_QUEUED {
+		return invalid("reload %s has ended or is rolling back", stored.GetId())
+	}
+	r := clone(stored)
+	switch c.GetAction() {
+	case commandv1.ControlReload_ACTION_ABORT:
+		return e.abortReload(r, c)
+	case commandv1.ControlReload_ACTION_PAUSE:
+		if len(r.GetWaves()) == 0 && !waving(r) {
+			return invalid("reload %s has no waves: there is nothing to pause between", r.GetId())
+		}
+		r.Paused, r.Why = true, said("paused", c)
+		e.storeReload(r)
+	case commandv1.ControlReload_ACTION_RESUME:
+		e.resumeReload(r)
+	case commandv1.ControlReload_ACTION_PROMOTE:
+		w := currentWave(r)
+		if w == nil || r.GetPhase() != commandv1.Phase_PHASE_COMMITTED || w.GetBakeFromNs() == 0 {
+			return invalid("reload %s has no wave that is up and could be promoted", r.GetId())
+		}
+		w.Why = said("promoted", c)
+		r.Paused = false
+		e.nextWave(r)
+	default:
+		return invalid("unknown action %d", int32(c.GetAction()))
+	}
+	return nil
+}
+
+func waving(r *commandv1.Reload) bool {
+	s := r.GetOptions().GetStrategy()
+	return s == commandv1.Strategy_STRATEGY_ROLLING || s == commandv1.Strategy_STRATEGY_CANARY
+}
+
+func said(what string, c *commandv1.ControlReload) string {
+	if c.GetRequestedBy() != "" {
+		what += " by " + trim(c.GetRequestedBy(), maxName)
+	}
+	if c.GetWhy() != "" {
+		what += ": " + trim(c.GetWhy(), maxText)
+	}
+	return what
+}
+
+func (e *entry) abortReload(r *commandv1.Reload, c *commandv1.ControlReload) error {
+	switch {
+	case r.GetGeneration() == 0:
+		e.finish(r, commandv1.Phase_PHASE_ABORTED, said("aborted", c))
+	case len(r.GetWaves()) > 0:
+		e.rollBack(r, said("aborted", c))
+	default:
+		return invalid("reload %s is committed: every node goes forward now. Roll it back when it is done", r.GetId())
+	}
+	return nil
+}
+
+func (e *entry) resumeReload(r *commandv1.Reload) {
+	if !r.GetPaused() {
+		e.res.Repeated = true
+		return
+	}
+	r.Paused, r.Why = false, ""
+	if w := currentWave(r); w.GetBakeFromNs() > 0 {
+		w.BakeFromNs, w.Gate = max(e.clock, 1), nil // what was measured before the pause says little now
+	}
+	e.enterPhase(r, r.GetPhase())
+	if r.GetPhase() == commandv1.Phase_PHASE_QUEUED {
+		e.storeReload(r)
+		return
+	}
+	e.decide(r)
+}
+
+func currentWave(r *commandv1.Reload) *commandv1.WaveState {
+	if i := int(r.GetWave()); i < len(r.GetWaves()) {
+		return r.GetWaves()[i]
+	}
+	return nil
+}
+
+// planWaves gives every participant its wave: the followers in order of id, the leader last and alone.
+func planWaves(r *commandv1.Reload) {
+	if !waving(r) {
+		return
+	}
+	r.Waves = nil
+	var todo []*commandv1.Participant
+	var leader *commandv1.Participant
+	for _, p := range r.GetParticipants() {
+		if p.GetNodeId() == r.GetLeaderId() {
+			leader = p
+		} else {
+			todo = append(todo, p)
+		}
+	}
+	n := uint32(0)
+	for _, size := range waveSizes(r.GetOptions(), len(todo), len(r.GetParticipants())) {
+		for _, p := range todo[:size] {
+			p.Wave = n
+		}
+		todo = todo[size:]
+		n++
+	}
+	if leader != nil {
+		leader.Wave = n
+		n++
+	}
+	for i := range n {
+		r.Waves = append(r.Waves, &commandv1.WaveState{Number: i})
+	}
+}
+
+// waveSizes cuts n followers into waves. A count is the size of its wave; a percentage says how many of all participants
+// have been reached when its wave is through. What no wave names comes in one more (canary), or in more of the same
+// (rolling). No wave is larger than max_unavailable.
+func waveSizes(o *commandv1.Options, n, all int) []int {
+	limit := int(min(o.GetMaxUnavailable(), 1<<30))
+	if limit == 0 {
+		limit = n
+	}
+	var sizes []int
+	left := n
+	add := func(size int) {
+		size = min(size, left)
+		left -= size
+		for size > 0 {
+			cut := min(size, limit)
+			sizes = append(sizes, cut)
+			size -= cut
+		}
+	}
+	waves := o.GetWaves()
+	if o.GetStrategy() == commandv1.Strategy_STRATEGY_ROLLING && len(waves) == 0 {
+		waves = []*commandv1.Options_Wave{{Size: cmp.Or(min(o.GetMaxUnavailable(), 1<<30), 1)}}
+	}
+	if o.GetStrategy() == commandv1.Strategy_STRATEGY_CANARY && len(waves) == 0 {
+		waves = []*commandv1.Options_Wave{{Size: 1}}
+	}
+	for _, w := range waves {
+		size := int(min(w.GetSize(), 1<<30))
+		if w.GetPercent() {
+			size = max((size*all+99)/100-(n-left), 0)
+		}
+		add(size)
+	}
+	for left > 0 {
+		size := left
+		if last := waves[len(waves)-1]; o.GetStrategy() == commandv1.Strategy_STRATEGY_ROLLING && !last.GetPercent() {
+			size = int(min(last.GetSize(), 1<<30))
+		}
+		add(max(size, 1))
+	}
+	return sizes
+}
+
+// joiningWave is where a node that has just joined votes: the first wave that is still to be asked and is not the
+// leader's own; else the current one while it prepares.
+func joiningWave(r *commandv1.Reload) uint32 {
+	if len(r.GetWaves()) == 0 {
+		return 0
+	}
+	w := r.GetWave()
+	if r.GetPhase() == commandv1.Phase_PHASE_COMMITTED {
+		w++
+	}
+	return min(w, uint32(len(r.GetWaves())-1))
+}
+
+func insertParticipant(r *commandv1.Reload, p *commandv1.Participant) {
+	i, _ := slices.BinarySearchFunc(r.GetParticipants(), p.GetNodeId(), func(q *commandv1.Participant, id string) int {
+		return strings.Compare(q.GetNodeId(), id)
+	})
+	r.Participants = slices.Insert(r.Participants, i, p)
+}
+
+func ordinal(r *commandv1.Reload) string {
+	const digits = "0123456789"
+	n := int(r.GetWave()) + 1
+	s := ""
+	for n > 0 {
+		s, n = string(digits[n%10])+s, n/10
+	}
+	return s
+}
+
+// advanceWave takes the gate's verdict on the wave that bakes.
+func (e *entry) advanceWave(c *commandv1.AdvanceWave) error {
+	stored := e.findReload(c.GetReloadId())
+	if stored == nil {
+		return fault.Text(fault.NotFound, "no reload with id %q", trim(c.GetReloadId(), maxName))
+	}
+	w := currentWave(stored)
+	if w == nil || stored.GetPhase() != commandv1.Phase_PHASE_COMMITTED || stored.GetWave() != c.GetWave() {
+		return fault.Text(fault.Stale, "reload %s is not in wave %d", stored.GetId(), c.GetWave())
+	}
+	r := clone(stored)
+	w = currentWave(r)
+	e.res.Id = r.GetId()
+	if moved := e.noteLeader(r, w, c.GetLeaderId()); moved {
+		e.storeReload(r)
+		return nil
+	}
+	g := c.GetGate()
+	switch {
+	case g.GetVerdict() == commandv1.Gate_VERDICT_UNSPECIFIED:
+		e.storeReload(r)
+		return nil
+	case w.GetBakeFromNs() == 0:
+		return fault.Text(fault.Stale, "wave %d of reload %s is not up yet", c.GetWave(), r.GetId())
+	case r.GetPaused() && g.GetVerdict() != commandv1.Gate_VERDICT_FAILED:
+		return fault.Text(fault.Conflict, "reload %s is paused", r.GetId())
+	}
+	g.Why = trim(g.GetWhy(), maxText)
+	w.Gate = g
+	switch g.GetVerdict() {
+	case commandv1.Gate_VERDICT_PASSED:
+		e.nextWave(r)
+	case commandv1.Gate_VERDICT_FAILED:
+		e.rollBack(r, "the gate of wave "+ordinal(r)+" failed: "+g.GetWhy())
+	default:
+		r.Paused, r.Why = true, "the gate of wave "+ordinal(r)+" is inconclusive: "+g.GetWhy()
+		e.storeReload(r)
+	}
+	return nil
+}
+
+// noteLeader keeps the leader last. When leadership has moved to a node of the other generation, what was measured is of
+// two leaders: the bake starts again.
+func (e *entry) noteLeader(r *commandv1.Reload, w *commandv1.WaveState, id string) (restarted bool) {
+	if id == "" || id == r.GetLeaderId() {
+		return false
+	}
+	was, is := findParticipant(r, r.GetLeaderId()), findParticipant(r, id)
+	r.LeaderId = id
+	if is == nil {
+		return false
+	}
+	replanWaves(r)
+	if w.GetBakeFromNs() > 0 && was != nil && (was.GetWave() <= r.GetWave()) != (is.GetWave() <= r.GetWave()) {
+		w.BakeFromNs, w.Gate = max(e.clock, 1), nil
+		w.Why = "leadership moved to " + is.GetName() + ", which runs the other generation: the bake started again"
+		return true
+	}
+	return false
+}
+
+// replanWaves moves the leader behind the waves that are still to come, and the one that was last among them before it.
+func replanWaves(r *commandv1.Reload) {
+	p := findParticipant(r, r.GetLeaderId())
+	last := uint32(len(r.GetWaves())) - 1
+	if p == nil || p.GetWave() <= r.GetWave() || p.GetWave() == last {
+		return
+	}
+	old := p.GetWave()
+	for _, q := range r.GetParticipants() {
+		if q.GetWave() == last {
+			q.Wave = old
+		}
+	}
+	p.Wave = last
+}
+
+// nextWave ends the current wave's bake and asks the next one to prepare; after the last one the reload is done.
+func (e *entry) nextWave(r *commandv1.Reload) {
+	currentWave(r).Passed = true
+	if int(r.GetWave()) == len(r.GetWaves())-1 {
+		e.finish(r, commandv1.Phase_PHASE_DONE, "")
+		return
+	}
+	if down := downIn(r); r.GetOptions().GetMaxUnavailable() > 0 && down >= int64(r.GetOptions().GetMaxUnavailable()) {
+		r.Paused = true
+		r.Why = "paused: as many nodes are down as max_unavailable allows"
+	}
+	r.Wave++
+	e.enterPhase(r, commandv1.Phase_PHASE_PREPARING)
+	e.decide(r)
+}
+
+func downIn(r *commandv1.Reload) (n int64) {
+	for _, p := range r.GetParticipants() {
+		if !out(p) && p.GetSafe() == commandv1.Safe_SAFE_FENCED && openVerdict(p) {
+			n++
+		}
+	}
+	return n
+}

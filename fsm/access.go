@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/hex"
 	"slices"
 	"strings"
 
@@ -331,4 +332,14 @@ func (e *entry) removeLease(id string) error {
 	}
 	e.deleteLease(l)
 	return nil
+}
+
+// NewCluster makes a cluster's first command, for a node that founds one: with the hash of the root token, and an accessor
+// made of it, which tells nothing of the token.
+func NewCluster(clusterID, name, rootToken string) *commandv1.InitCluster {
+	h := HashToken(clusterID, rootToken)
+	a := sha256.Sum256(append([]byte("accessor"), h...))
+	return &commandv1.InitCluster{
+		ClusterId: clusterID, ClusterName: name, RootTokenHash: h, RootTokenAccessor: hex.EncodeToString(a[:12]),
+	}
 }

@@ -281,6 +281,10 @@ func (v *View) NextExpiry() uint64 {
 	return n
 }
 
+// CanExpire reports whether anything in the state waits for the log's clock, so that Tick entries must flow: a reload that
+// waits or runs, a token or a lease with a time to live.
+func (v *View) CanExpire() bool { return v.s.open.Len() > 0 || v.s.expiry.Len() > 0 }
+
 // NewerVersion reports whether a is the higher of two versions.
 func NewerVersion(a, b string) bool { return newer(cmp.Or(a, "v0.0.0-0"), cmp.Or(b, "v0.0.0-0")) }
 

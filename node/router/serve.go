@@ -1,0 +1,354 @@
+package router
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
+	pluginpb "rollcall/proto/plugin"
+)
+
+// maxTries bounds how often one request changes its way: to another instance after a crash, to the leader, back.
+const maxTries = 8
+
+// passage is one request on its way through this node.
+type passage struct {
+	r    *Router
+	rt   *route
+	req  *Request
+	v    View
+	m    *commandv1.Mount
+	rest string
+	// lane says where it may run; it changes from readLane to writeLane when only the leader's instance can answer.
+	lane int
+
+	waited     time.Duration
+	around     *around
+	generation uint64
+	forwarded  bool
+	// retried counts how often the plugin has been asked again.
+	retried int
+}
+
+// after says how a passage goes on.
+type after uint8
+
+const (
+	answered after = iota
+	// other: on another instance than this one, for this one has died.
+	other
+	// again: on whatever instance is behind the gate next.
+	again
+	// leader: on the leader's instance.
+	leader
+)
+
+func (r *Router) handle(ctx context.Context, req *Request) (*Response, error) {
+	from := time.Now()
+	v, m, rest, err := r.find(req.Namespace, req.Path)
+	if err != nil {
+		return nil, err
+	}
+	if until, ok := ctx.Deadline(); !ok || time.Until(until) > r.cfg.RequestTimeout {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, r.cfg.RequestTimeout)
+		defer cancel()
+	}
+	rt := r.route(m.GetUuid())
+	p := &passage{r: r, rt: rt, req: req, v: v, m: m, rest: rest, lane: laneOf(req.Operation, m, rt)}
+	p.around = rt.meter.arrive()
+	resp, err := p.travel(ctx)
+	took := time.Since(from)
+	if !p.forwarded {
+		lane := readLane
+		if writes(req.Operation) {
+			lane = writeLane
+		}
+		rt.meter.done(lane, p.generation, took, damage(err))
+		r.metrics.answered(lane, took, p.waited, err)
+	}
+	rt.meter.leave(p.around, took, p.waited > 0, damage(err))
+	if resp != nil {
+		resp.Mount = m
+	}
+	return resp, err
+}
+
+// travel finds the way: here, or to the leader, until the request is answered.
+func (p *passage) travel(ctx context.Context) (*Response, error) {
+	var not *instance
+	for try := 0; ; try++ {
+		if err := p.lease(); err != nil {
+			return nil, err
+		}
+		role := p.r.cfg.Replica.Role()
+		if !role.Leader && p.lane == writeLane {
+			resp, err := p.away(ctx)
+			if !errors.Is(err, errHere) || try >= maxTries {
+				return resp, err
+			}
+			continue
+		}
+		in, waited, err := p.rt.gate.enter(ctx, p.lane, p.r.cfg.GateWait-p.waited, not, p.elsewhere)
+		p.waited += waited
+		switch {
+		case errors.Is(err, errElsewhere) && try < maxTries:
+			if p.lane == readLane {
+				resp, err := p.away(ctx)
+				if !errors.Is(err, errHere) {
+					return resp, err
+				}
+			}
+			continue
+		case err != nil:
+			return nil, err
+		}
+		if p.lane == writeLane && in.term.Load() != role.Term {
+			in.release()
+			if err := p.stale(ctx); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		resp, then, err := p.inside(ctx, in)
+		switch {
+		case then == answered || try >= maxTries:
+			return resp, err
+		case then == other:
+			not = in
+		case then == leader:
+			p.lane, not = writeLane, nil
+		}
+	}
+}
+
+// elsewhere says whether a request that waits at the gate has a better place to go.
+func (p *passage) elsewhere(m mode) bool {
+	leads := p.r.cfg.Replica.Role().Leader
+	if p.lane == writeLane {
+		return !leads
+	}
+	return !leads && p.mayLeave() && (m == away || m == failing)
+}
+
+// mayLeave says whether a request may be forwarded at all.
+func (p *passage) mayLeave() bool {
+	return !p.req.NoForward && p.req.Secret == nil && p.req.Auth == nil
+}
+
+// stale waits a moment for the instance to be entered under the term that this node leads now.
+func (p *passage) stale(ctx context.Context) error {
+	from := time.Now()
+	_, _, changed := p.rt.gate.state()
+	roles := p.r.cfg.Replica.RoleChanged()
+	timer := time.NewTimer(min(p.r.cfg.GateWait, 50*time.Millisecond))
+	defer timer.Stop()
+	select {
+	case <-changed:
+	case <-roles:
+	case <-timer.C:
+	case <-ctx.Done():
+		return fault.New(fault.Unavailable, "wait for", p.m.GetPath(), "the leader's instance is not ready: %w", ctx.Err())
+	}
+	if p.waited += time.Since(from); p.waited > p.r.cfg.GateWait {
+		return fault.Text(fault.Unavailable, "the mount's plugin has not taken over on the new leader yet; try again")
+	}
+	return nil
+}
+
+// lease is nil while this node may answer for the mount.
+func (p *passage) lease() error {
+	if p.m.GetConfig().GetFencing() == "none" {
+		return nil
+	}
+	return p.r.cfg.Replica.Serving()
+}
+
+// released makes sure that an answer may still be released: a read's is lost without harm, a write has happened.
+func (p *passage) released() error {
+	err := p.lease()
+	if err == nil || !writes(p.req.Operation) {
+		return err
+	}
+	return fault.New(fault.OutcomeUnknown, "", "",
+		"the node lost its serving lease while the request ran: it may have taken effect (%w)", err)
+}
+
+// inside runs the request on an instance that it holds a reference to, and gives that back.
+func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, error) {
+	defer in.release()
+	if err := p.lease(); err != nil {
+		return nil, answered, err
+	}
+	p.generation = in.generation()
+	resp := &Response{Generation: p.generation, Node: p.r.cfg.NodeName, Index: p.v.Index()}
+	if !in.leader {
+		resp.Index = max(p.rt.inval.told.Load(), in.base)
+	}
+	calling, c := in.admit(ctx)
+	defer in.leave(c)
+	shaken := in.store.shaken.Load()
+	err := p.call(calling, in, resp)
+	switch {
+	case err == nil && errorText(resp.Plugin) == "":
+	case calling.Err() != nil:
+		return p.cut(ctx, calling, resp, err)
+	default:
+		then, err := p.judge(in, resp, err, in.store.shaken.Load() != shaken)
+		resp.Plugin = nil
+		return resp, then, err
+	}
+	if writes(p.req.Operation) {
+		resp.wrote = in.store.last.Load()
+		resp.Index = max(resp.Index, resp.wrote)
+	}
+	if err := p.finish(ctx, in, resp); err != nil {
+		resp.Plugin = nil
+		return resp, answered, err
+	}
+	return resp, answered, nil
+}
+
+// call asks the plugin.
+func (p *passage) call(ctx context.Context, in *instance, resp *Response) (err error) {
+	req := p.pluginRequest()
+	if p.req.Operation == opExists {
+		req.Operation = opUpdate
+		resp.hasCheck, resp.found, err = in.backend.HandleExistenceCheck(ctx, req)
+		return err
+	}
+	resp.Plugin, err = in.backend.HandleRequest(ctx, req)
+	return err
+}
+
+// cut tells what has become of a call whose context ended: its own deadline, its client, or the gate.
+func (p *passage) cut(ctx, calling context.Context, resp *Response, err error) (*Response, after, error) {
+	resp.Plugin = nil
+	write := writes(p.req.Operation)
+	switch {
+	case ctx.Err() == nil && !write && p.retried == 0:
+		p.retried++
+		return resp, again, context.Cause(calling)
+	case ctx.Err() == nil:
+		return resp, answered, fault.As(fault.OutcomeUnknown, context.Cause(calling), "", "")
+	case errors.Is(ctx.Err(), context.Canceled):
+		return resp, answered, fault.New(fault.Canceled, "", "", "the client gave up: %w", ctx.Err())
+	case write:
+		return resp, answered, fault.New(fault.OutcomeUnknown, "", "",
+			"the plugin did not answer in time: the request may or may not have taken effect (%w)", ctx.Err())
+	default:
+		return resp, answered, fault.New(fault.Deadline, "", "", "the plugin did not answer in time: %w", err)
+	}
+}
+
+// judge decides what an error of the plugin, or of its process, means for the request.
+func (p *passage) judge(in *instance, resp *Response, err error, shaken bool) (after, error) {
+	write := writes(p.req.Operation)
+	if p.lane == readLane && !in.leader && needsLeader(resp.Plugin, err) && p.retried < 2 {
+		p.retried++
+		return leader, fault.Text(fault.ReadOnly, "the plugin wants to write for this read, and this node does not lead")
+	}
+	ran, died := fate(err)
+	switch {
+	case died && (!ran || !write) && p.retried < 2:
+		p.retried++
+		in.lingers(p.r.cfg.GateWait)
+		return other, fault.As(fault.Unavailable, err, "", "")
+	case died && write && ran:
+		return answered, fault.New(fault.OutcomeUnknown, "", "",
+			"the plugin's process ended while the request ran: it may or may not have taken effect (%w)", err)
+	case died:
+		return answered, fault.As(fault.Unavailable, err, "", "")
+	}
+	err = translate(resp.Plugin, err)
+	if shaken && damage(err) {
+		if write {
+			return answered, fault.New(fault.OutcomeUnknown, "", "",
+				"the leader changed while the plugin wrote: the request may or may not have taken effect (%w)", err)
+		}
+		return answered, fault.As(fault.Unavailable, err, "", "")
+	}
+	return answered, err
+}
+
+// waitingForLeader is what the KV plugins of both SDKs answer on a follower until the leader's upgrade marker is there
+// (PLUGINHOST section 2).
+const waitingForLeader = "Waiting for the primary to upgrade"
+
+// needsLeader reports whether a follower's plugin failed because only the leader's can do it.
+func needsLeader(resp *pluginpb.Response, err error) bool {
+	text := errorText(resp)
+	if err != nil {
+		text += err.Error()
+	}
+	return fault.Is(err, fault.ReadOnly) || strings.Contains(text, readOnlyText) || strings.Contains(text, waitingForLeader)
+}
+
+// finish is what an answer goes through before it is released.
+func (p *passage) finish(ctx context.Context, in *instance, resp *Response) error {
+	if a := resp.Plugin; a != nil {
+		if a.GetAuth() != nil && p.m.GetTable() != "auth" {
+			return fault.Text(fault.Internal, "internal error")
+		}
+		a.Headers = allowed(a.GetHeaders(), p.m.GetConfig().GetAllowedResponseHeaders())
+		if a.GetSecret() != nil && p.req.Operation != opRenew && p.req.Operation != opRevoke {
+			if err := p.lend(ctx, in, resp); err != nil {
+				return err
+			}
+		}
+	}
+	return p.released()
+}
+
+// lend registers a secret. A follower's read that made one shows that the mount's reads belong on the leader.
+func (p *passage) lend(ctx context.Context, in *instance, resp *Response) error {
+	if p.lane == readLane && !in.leader && p.rt.leaderOnly.CompareAndSwap(false, true) {
+		p.r.log.Info("a follower's read made a secret: reads of this mount go to the leader from now on",
+			"mount", p.m.GetPath(), "mount_uuid", p.m.GetUuid())
+		if f := p.r.cfg.LeaderOnly; f != nil {
+			p.r.group.Go(func() { f(p.m) })
+		}
+	}
+	if p.r.cfg.Leases == nil {
+		return nil
+	}
+	if err := p.r.cfg.Leases.Grant(ctx, p.m, p.req, resp); err != nil {
+		return fault.New(fault.OutcomeUnknown, "", "", "the plugin made a secret, and its lease could not be kept: %w", err)
+	}
+	return nil
+}
+
+// lingers waits, bounded, until the reconciler knows that the process has ended, so that a request is not tried on it
+// again and again.
+func (in *instance) lingers(limit time.Duration) {
+	timer := time.NewTimer(min(limit, time.Second))
+	defer timer.Stop()
+	select {
+	case <-in.life.over:
+	case <-timer.C:
+	}
+}
+
+// fate tells from a backend's error whether its process has ended under the call, and whether the call can have run.
+func fate(err error) (ran, died bool) {
+	switch {
+	case fault.Is(err, fault.Unavailable):
+		return false, true
+	case fault.Is(err, fault.OutcomeUnknown):
+		return true, true
+	default:
+		return false, false
+	}
+}
+
+// coded is the HTTP status that a plugin asked for with its error.
+func coded(err error) (int, bool) {
+	e, ok := errors.AsType[*fault.Error](err)
+	if !ok || e.Code == 0 {
+		return 0, false
+	}
+	return e.Code, true
+}

@@ -232,6 +232,34 @@ func TestAMissingFileIsAnError(t *testing.T) {
 	}
 }
 
+func TestDeploymentFilesSetNothingThatDoesNotExist(t *testing.T) {
+	known := map[string]bool{}
+	for _, k := range ConfigKeys() {
+		known[k.Env] = true
+	}
+	for _, name := range clientEnv {
+		known[EnvPrefix+name] = true
+	}
+	setting := regexp.MustCompile(`(ROLLCALL_[A-Z0-9_]+)(?::|=|, value:)`)
+	for _, path := range []string{
+		"../docker-compose.yml", "../deploy/Dockerfile", "../deploy/kubernetes/rollcall.yaml",
+	} {
+		src, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := setting.FindAllStringSubmatch(string(src), -1)
+		if len(found) < 3 {
+			t.Errorf("%s: only %d settings were found", path, len(found))
+		}
+		for _, m := range found {
+			if !known[m[1]] && !strings.Contains(string(src), "${"+m[1]+":-") { // a variable of the file's own
+				t.Errorf("%s sets %s, which is no key", path, m[1])
+			}
+		}
+	}
+}
+
 func TestAnUnknownVariableIsAWarningThatNamesTheLikelyKey(t *testing.T) {
 	cfg := DefaultConfig()
 	warnings, err := loadEnv([]string{

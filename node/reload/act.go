@@ -145,8 +145,8 @@ func (l *mountLoop) force(rl *commandv1.Reload, want *commandv1.Wanted) string {
 		l.drain = drainTries{generation: want.GetGeneration(), since: time.Now()}
 	}
 	limit := l.r.cfg.DrainTimeout
-	if rl != nil && !terminal(rl.GetPhase()) && rl.GetOptions().GetRunMs() > 0 {
-		limit = time.Duration(rl.GetOptions().GetRunMs()) * time.Millisecond * 3 / 4
+	if rl != nil && !terminal(rl.GetPhase()) {
+		limit = l.r.phaseLength(rl) * 3 / 4
 	}
 	if time.Since(l.drain.since) < limit {
 		return ""
@@ -174,7 +174,7 @@ func (l *mountLoop) swap(
 	case err == nil:
 		l.switched(rl, plan, done, append(steps, done.Steps...), restored)
 		return 0
-	case fault.Is(err, fault.Deadline) && ctx.Err() == nil:
+	case tooShort(err) && ctx.Err() == nil:
 		// Requests in flight outlived the hold. The gate is open again, the old instance goes on, and the new one has
 		// not been set up: come back later, with growing pauses.
 		l.drain.n++
@@ -188,7 +188,13 @@ func (l *mountLoop) swap(
 	}
 	l.doubtful = l.run != nil && !plan.KeepOld
 	l.spent(plan.Backend, obsolete(guarded))
-	return l.failed(guarded, rl, plan.Wanted, inPhase(err, "switch"), steps, plan.KeepOld)
+	return l.failed(guarded, rl, plan.Wanted, err, steps, plan.KeepOld)
+}
+
+// tooShort reports whether a switch was given up because requests in flight outlived the hold.
+func tooShort(err error) bool {
+	e, ok := errors.AsType[*fault.Error](err)
+	return ok && e.Kind == fault.Deadline && (e.Op == "drain" || e.Op == "hold")
 }
 
 // spent takes back a backend that a switch has used up. A process that multiplexes serves the next attempt when the
@@ -281,14 +287,14 @@ func (l *mountLoop) failed(
 	return pause
 }
 
-// passing reports whether an error says nothing about the plugin: another leader, another epoch, no lease.
+// passing reports whether an error says nothing about the plugin: another leader, another epoch, no lease, no answer in
+// time from anybody but the plugin, which names the phase that it was in.
 func passing(err error) bool {
 	switch fault.KindOf(err) {
 	case fault.NotLeader, fault.Stale, fault.Fenced, fault.Canceled, fault.Exhausted:
 		return true
-	case fault.Deadline:
-		// The leader has not taken over yet, or a proposal did not come through in time.
-		return errors.Is(err, context.DeadlineExceeded)
+	case fault.Deadline, fault.OutcomeUnknown:
+		return phaseOf(err, "") == ""
 	default:
 		return false
 	}
@@ -345,7 +351,7 @@ func (l *mountLoop) prepare(m *commandv1.Mount, rl *commandv1.Reload) {
 		}
 		now := v.Reload(rl.GetId())
 		p := participant(now, l.r.self)
-		if now.GetPhase() != commandv1.Phase_PHASE_PREPARING || p.GetSafe() != commandv1.Safe_SAFE_UNSPECIFIED ||
+		if now.GetPhase() != commandv1.Phase_PHASE_PREPARING || p == nil || !votes(p) ||
 			p.GetIncarnation() != l.r.cfg.Replica.Incarnation() {
 			return errSuperseded
 		}
@@ -429,10 +435,10 @@ func (r *Reloads) launch(
 		}
 		r.metrics.processes.Inc()
 		r.metrics.starts.Inc()
-		if own := proc.Steps(); len(own) > 0 {
-			steps = append(steps, own...)
-		} else {
-			steps = append(steps, step("start", from))
+		for _, own := range proc.Steps() {
+			if own.GetName() != "verify" { // what Ensure took is told already
+				steps = append(steps, own)
+			}
 		}
 		return &spare{spec: spec, proc: proc, started: from}, nil
 	}

@@ -42,6 +42,9 @@ type Config struct {
 	// BackoffMin, BackoffMax and BackoffReset shape restarts after a crash: 100 ms, doubled to 30 s with jitter, and
 	// from the start again after 60 s up (DESIGN section 7).
 	BackoffMin, BackoffMax, BackoffReset time.Duration
+	// QueueDeadline, PrepareDeadline and RunDeadline end the phases of reloads that do not say how long they may last
+	// (10 min, 60 s, 2 min). Every node should have the same: the leader uses its own.
+	QueueDeadline, PrepareDeadline, RunDeadline time.Duration
 	// Resync is how often a mount is looked at although nothing changed (1 s).
 	Resync time.Duration
 	// Flush is how long the leader waits for more reports before it enters those it has (100 ms, measured in
@@ -80,6 +83,9 @@ func (c Config) withDefaults() Config {
 	set(&c.BackoffMin, 100*time.Millisecond)
 	set(&c.BackoffMax, 30*time.Second)
 	set(&c.BackoffReset, time.Minute)
+	set(&c.QueueDeadline, 10*time.Minute)
+	set(&c.PrepareDeadline, time.Minute)
+	set(&c.RunDeadline, 2*time.Minute)
 	set(&c.Resync, time.Second)
 	set(&c.Flush, 100*time.Millisecond)
 	set(&c.KeepEvery, time.Minute)
@@ -105,7 +111,8 @@ func (c Config) Validate() error {
 	need(c.BootParallelism >= 0 && c.StartParallelism >= 0 && c.QueueLimit >= 0, "counts must not be negative")
 	for _, d := range []time.Duration{
 		c.StartTimeout, c.SwitchTimeout, c.Hold, c.DrainTimeout, c.Grace, c.RetireTimeout, c.BackoffMin, c.BackoffMax,
-		c.BackoffReset, c.Resync, c.Flush, c.KeepEvery, c.RetainFor,
+		c.BackoffReset,
+		c.QueueDeadline, c.PrepareDeadline, c.RunDeadline, c.Resync, c.Flush, c.KeepEvery, c.RetainFor,
 	} {
 		need(d >= 0, "durations must not be negative")
 	}

@@ -393,6 +393,10 @@ func (r *fakeRoutes) Relabel(uuid string, w *commandv1.Wanted) {
 		r.n.sim.t.Errorf("relabelled from %d to %d", rt.generation, w.GetGeneration())
 	}
 	rt.generation = w.GetGeneration()
+	if rt.role.Leader {
+		term := rt.role.Term
+		go func() { _ = r.takeOver(context.Background(), uuid, w.GetGeneration(), term) }()
+	}
 }
 
 func (r *fakeRoutes) Running(uuid string) (uint64, bool) {

@@ -1,6 +1,7 @@
 package reload
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -176,7 +177,7 @@ func (r *Reloads) traffic(req *peerv1.TrafficRequest) []*peerv1.MountTraffic {
 		l := r.loops[uuid]
 		r.mu.Unlock()
 		if l != nil {
-			t.Crashes = l.status().Restarts
+			t.Crashes = max(t.GetCrashes(), l.status().Restarts)
 		}
 		out = append(out, t)
 	}
@@ -297,12 +298,16 @@ type kindSample struct {
 	now, old *commandv1.GateSample
 }
 
+// defaultErrorRate is the share of failed requests that may not be exceeded where the reload does not say.
+const defaultErrorRate = 0.01
+
 // worse says in words why a kind of request fails the gate; "" when it does not.
 func worse(o *commandv1.Options, k kindSample) string {
+	most := cmp.Or(o.GetMaxErrorRate(), defaultErrorRate)
 	if n := k.now.GetRequests(); n > 0 {
-		if rate := float64(k.now.GetFailed()) / float64(n); rate > o.GetMaxErrorRate() {
+		if rate := float64(k.now.GetFailed()) / float64(n); rate > most {
 			return fmt.Sprintf("%d of %d %s failed, more than the share of %g that may", k.now.GetFailed(), n, k.kind,
-				o.GetMaxErrorRate())
+				most)
 		}
 	}
 	if limit := o.GetMaxP99Increase(); limit > 0 && k.old.GetP99Us() > 0 &&

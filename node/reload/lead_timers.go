@@ -8,13 +8,6 @@ import (
 	commandv1 "rollcall/proto/command/v1"
 )
 
-// Durations of the phases where the record does not say. The state machine fills its own in; these are the net below.
-const (
-	defaultQueue   = 10 * time.Minute
-	defaultPrepare = 60 * time.Second
-	defaultRun     = 2 * time.Minute
-)
-
 // capFactor bounds what leader changes can add: a phase that has lasted this many times its duration by the log's clock
 // when a new leader meets it is over at once.
 const capFactor = 2
@@ -42,7 +35,7 @@ func (ld *leader) expire(ctx context.Context, v View, rl *commandv1.Reload, now 
 	stopped := rl.GetPaused() || baking(rl)
 	if t == nil || t.phase != rl.GetPhase() || t.wave != rl.GetWave() || t.stopped && !stopped {
 		t = &phaseTimer{phase: rl.GetPhase(), wave: rl.GetWave()}
-		d := phaseLength(rl)
+		d := ld.r.phaseLength(rl)
 		left := d
 		if used := time.Duration(v.ClockNS() - rl.GetPhaseClockNs()); v.ClockNS() > rl.GetPhaseClockNs() {
 			left = min(d, capFactor*d-used)
@@ -62,7 +55,8 @@ func (ld *leader) expire(ctx context.Context, v View, rl *commandv1.Reload, now 
 	return true
 }
 
-func phaseLength(rl *commandv1.Reload) time.Duration {
+// phaseLength is how long the phase that a reload is in may last.
+func (r *Reloads) phaseLength(rl *commandv1.Reload) time.Duration {
 	o := rl.GetOptions()
 	pick := func(ms int64, d time.Duration) time.Duration {
 		if ms > 0 {
@@ -72,11 +66,11 @@ func phaseLength(rl *commandv1.Reload) time.Duration {
 	}
 	switch rl.GetPhase() {
 	case commandv1.Phase_PHASE_QUEUED:
-		return pick(o.GetQueueMs(), defaultQueue)
+		return pick(o.GetQueueMs(), r.cfg.QueueDeadline)
 	case commandv1.Phase_PHASE_PREPARING:
-		return pick(o.GetPrepareMs(), defaultPrepare)
+		return pick(o.GetPrepareMs(), r.cfg.PrepareDeadline)
 	default:
-		return pick(o.GetRunMs(), defaultRun)
+		return pick(o.GetRunMs(), r.cfg.RunDeadline)
 	}
 }
 
@@ -89,10 +83,12 @@ func (ld *leader) exclude(ctx context.Context, v View, rl *commandv1.Reload) boo
 	var over []*commandv1.Participant
 	prepared := map[string]bool{}
 	for _, p := range rl.GetParticipants() {
-		if p.GetWave() != rl.GetWave() || p.GetSafe() == commandv1.Safe_SAFE_EXCLUDED || p.GetSafe() == commandv1.Safe_SAFE_LEFT {
-			if p.GetWave() < rl.GetWave() {
-				prepared[p.GetNodeId()] = true
-			}
+		if p.GetSafe() == commandv1.Safe_SAFE_EXCLUDED || p.GetSafe() == commandv1.Safe_SAFE_LEFT {
+			continue
+		}
+		if p.GetWave() != rl.GetWave() {
+			// It has voted, or keeps what it has until it does.
+			prepared[p.GetNodeId()] = true
 			continue
 		}
 		switch {

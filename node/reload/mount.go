@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -208,8 +209,7 @@ func (l *mountLoop) asked(active *commandv1.Reload) bool {
 		return false
 	}
 	p := participant(active, l.r.self)
-	if p == nil || p.GetIncarnation() != l.r.cfg.Replica.Incarnation() || p.GetWave() != active.GetWave() ||
-		p.GetSafe() != commandv1.Safe_SAFE_UNSPECIFIED {
+	if p == nil || p.GetIncarnation() != l.r.cfg.Replica.Incarnation() || p.GetWave() != active.GetWave() || !votes(p) {
 		return false
 	}
 	t, o := targetOf(active, l.uuid), outcome(p, l.uuid)
@@ -250,6 +250,12 @@ func (l *mountLoop) noticeDeaths(active *commandv1.Reload) {
 	}
 }
 
+// votes reports whether a participant may still vote: one that was left out for its lease has its vote again when it
+// speaks.
+func votes(p *commandv1.Participant) bool {
+	return p.GetSafe() == commandv1.Safe_SAFE_UNSPECIFIED || p.GetSafe() == commandv1.Safe_SAFE_EXCLUDED
+}
+
 func ended(p Process) bool {
 	select {
 	case <-p.Done():
@@ -259,11 +265,13 @@ func ended(p Process) bool {
 	}
 }
 
+// deathOf is never of kind fault.Unavailable, which would tell the route that nothing better is coming soon.
 func deathOf(p Process) error {
-	if err := p.Err(); err != nil {
-		return err
+	err := p.Err()
+	if err == nil {
+		err = errors.New("it did not say why")
 	}
-	return errors.New("the process ended without saying why")
+	return fault.As(fault.OutcomeUnknown, err, "the plugin process ended", "")
 }
 
 // dropStaleSpare ends a prepared process that nothing will switch to any more: its reload aborted, ended or excluded
@@ -281,7 +289,7 @@ func (l *mountLoop) dropStaleSpare(active *commandv1.Reload, want *commandv1.Wan
 		p := participant(active, l.r.self)
 		switch active.GetPhase() {
 		case commandv1.Phase_PHASE_PREPARING, commandv1.Phase_PHASE_COMMITTED:
-			if p != nil && p.GetSafe() == commandv1.Safe_SAFE_UNSPECIFIED {
+			if p != nil && votes(p) {
 				return
 			}
 		default:

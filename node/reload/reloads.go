@@ -256,11 +256,11 @@ func (r *Reloads) observe(v View, running map[string]*commandv1.Reload) {
 		running[rl.GetId()] = rl
 	}
 	for id := range running {
-		if now[id] {
+		rl := v.Reload(id)
+		if now[id] || rl != nil && !terminal(rl.GetPhase()) { // it may be rolling back
 			continue
 		}
 		delete(running, id)
-		rl := v.Reload(id)
 		if rl == nil {
 			continue
 		}

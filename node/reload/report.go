@@ -15,6 +15,9 @@ import (
 // tell makes sure that the reload which committed the running generation hears of it: from the state, not from having
 // been there, so that a restarted node and a lost report are no cases of their own. It answers when to look again.
 func (l *mountLoop) tell(v View) time.Duration {
+	if l.run != nil && l.doubtful {
+		l.tellSafe(v)
+	}
 	if l.run == nil || l.down || l.doubtful {
 		return 0
 	}
@@ -37,6 +40,28 @@ func (l *mountLoop) tell(v View) time.Duration {
 		l.put(rl, rep)
 	}
 	return 0
+}
+
+// tellSafe says of a committed switch that has failed that the old generation answers no more either. The failure goes
+// first: its verdict is the one that counts.
+func (l *mountLoop) tellSafe(v View) {
+	want := v.Wanted(v.Mount(l.uuid), l.r.self)
+	if want.GetGeneration() <= l.run.wanted.GetGeneration() {
+		return
+	}
+	rl := v.Reload(want.GetReloadId())
+	p := participant(rl, l.r.self)
+	o := outcome(p, l.uuid)
+	if o.GetVerdict() != commandv1.Verdict_VERDICT_FAILED_SWITCH || o.GetSafe() || terminal(rl.GetPhase()) ||
+		p.GetIncarnation() != l.r.cfg.Replica.Incarnation() {
+		return
+	}
+	if _, ready := l.r.cfg.Routes.Running(l.uuid); ready {
+		return
+	}
+	rep := proto.CloneOf(o.GetReport())
+	rep.Stage = commandv1.MountReport_STAGE_SAFE
+	l.put(rl, rep)
 }
 
 // report tells of the running generation's switch.
@@ -133,8 +158,8 @@ func shown(
 	have := o.GetReport()
 	switch rep.GetStage() {
 	case commandv1.MountReport_STAGE_PREPARED:
-		return rl.GetPhase() != commandv1.Phase_PHASE_PREPARING || o.GetPrepared() ||
-			p.GetSafe() != commandv1.Safe_SAFE_UNSPECIFIED || o.GetVerdict() != commandv1.Verdict_VERDICT_UNSPECIFIED
+		return rl.GetPhase() != commandv1.Phase_PHASE_PREPARING || o.GetPrepared() || !votes(p) ||
+			o.GetVerdict() != commandv1.Verdict_VERDICT_UNSPECIFIED
 	case commandv1.MountReport_STAGE_REFUSED:
 		if terminal(rl.GetPhase()) || o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED {
 			return true

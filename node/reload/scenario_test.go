@@ -522,6 +522,7 @@ func TestACrashedPluginComesBackAndACrashLoopIsSlowedDown(t *testing.T) {
 		n := s.nodes[0]
 		n.plugins.newest(kv).die(errors.New("exit status 1"))
 		from := time.Now()
+		s.until("started again", time.Minute, func() bool { return n.plugins.started(kv) == 2 })
 		s.settle(kv)
 		if took := time.Since(from); took > 500*time.Millisecond {
 			t.Errorf("served again after %v", took)
@@ -654,13 +655,27 @@ func TestASilentNodeIsExcludedWhenItsLeaseIsOverAndBlocksOtherwise(t *testing.T)
 		s.phase(s.ended("r1"), commandv1.Phase_PHASE_ABORTED)
 		s.start(startReload("r2", &commandv1.Options{PrepareMs: ms(60 * time.Second)}))
 		time.Sleep(6 * time.Second)
+		if rl := s.reload("r2"); rl.GetPhase() != commandv1.Phase_PHASE_PREPARING {
+			t.Fatalf("it went on without n3, which may still answer: %v", rl.GetPhase())
+		}
+		var excluded, fenced int
+		s.after = func(c *commandv1.Command) {
+			if c.GetExcludeNode() != nil {
+				excluded++
+			}
+			if c.GetFenceNode() != nil {
+				fenced++
+			}
+		}
 		s.mu.Lock()
 		s.nodes[2].leaseOver = true
 		s.mu.Unlock()
 		rl := s.ended("r2")
 		s.phase(rl, commandv1.Phase_PHASE_DONE)
-		if p := participant(rl, "n3"); p != nil && p.GetSafe() != commandv1.Safe_SAFE_EXCLUDED {
-			t.Errorf("n3 is %v", p.GetSafe())
+		p := participant(rl, "n3")
+		if excluded != 1 || fenced != 1 || p.GetSafe() != commandv1.Safe_SAFE_FENCED ||
+			outcome(p, kv).GetVerdict() != commandv1.Verdict_VERDICT_PENDING_DOWN {
+			t.Errorf("n3 was excluded %d times and fenced %d times; %v", excluded, fenced, p)
 		}
 	})
 }

@@ -66,7 +66,7 @@ func (b *backoff) reset() { b.next = 0 }
 // phases are the words that a report may name as the place of a failure.
 var phases = map[string]bool{
 	"verify": true, "start": true, "handshake": true, "setup": true, "type": true, "initialize": true, "ready": true,
-	"switch": true, "hold": true,
+	"switch": true,
 }
 
 // phaseOf finds the innermost named phase in err, or answers otherwise.

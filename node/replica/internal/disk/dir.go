@@ -25,6 +25,7 @@ const (
 	idFile          = "node_id"
 	incarnationFile = "incarnation"
 	candidatesFile  = "bootstrap_candidates"
+	clusterFile     = "cluster_id"
 	logFile         = "raft.db"
 )
 
@@ -207,4 +208,21 @@ func syncDir(path string) error {
 		err = cerr
 	}
 	return err
+}
+
+// ClusterID returns the id of the cluster that this directory belongs to, or "".
+func (d *Dir) ClusterID() (string, error) {
+	raw, err := os.ReadFile(filepath.Join(d.Path, clusterFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fault.As(fault.Internal, err, "read cluster id", d.Path)
+	}
+	return strings.TrimSpace(string(raw)), nil
+}
+
+// SetClusterID makes the membership durable.
+func (d *Dir) SetClusterID(id string) error {
+	return writeDurably(filepath.Join(d.Path, clusterFile), []byte(id+"\n"))
 }

@@ -22,7 +22,6 @@ type Log struct {
 	inner     raft.LogStore
 	watch     *Watch
 	onCorrupt atomic.Pointer[func(error)]
-	closed    atomic.Bool
 }
 
 var _ raft.LogStore = (*Log)(nil)
@@ -149,7 +148,8 @@ func checkRecord(key, value []byte) (uint64, error) {
 	return index, nil
 }
 
-// Stable is Raft's vote and term, under the same guard and watch.
+// Stable is Raft's vote and term, with a CRC-32C each (a flipped bit in a vote could elect two leaders), under the same
+// guard and watch.
 type Stable struct {
 	inner raft.StableStore
 	watch *Watch
@@ -160,23 +160,47 @@ var _ raft.StableStore = (*Stable)(nil)
 // Set is raft.StableStore's.
 func (s *Stable) Set(key, val []byte) error {
 	defer s.watch.begin()()
-	return Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, val) })
+	return Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, closed(key, val)) })
 }
 
 // Get is raft.StableStore's. The "not found" error is passed on as it is: Raft compares its text.
 func (s *Stable) Get(key []byte) (val []byte, err error) {
-	err = Guarded("read raft vote", string(key), func() (err error) { val, err = s.inner.Get(key); return err })
+	err = Guarded("read raft vote", string(key), func() (err error) {
+		if val, err = s.inner.Get(key); err == nil {
+			val, err = open(key, val)
+		}
+		return err
+	})
 	return val, err
 }
 
 // SetUint64 is raft.StableStore's.
 func (s *Stable) SetUint64(key []byte, val uint64) error {
-	defer s.watch.begin()()
-	return Guarded("write raft term", string(key), func() error { return s.inner.SetUint64(key, val) })
+	return s.Set(key, binary.BigEndian.AppendUint64(nil, val))
 }
 
 // GetUint64 is raft.StableStore's; see Get.
-func (s *Stable) GetUint64(key []byte) (val uint64, err error) {
-	err = Guarded("read raft term", string(key), func() (err error) { val, err = s.inner.GetUint64(key); return err })
-	return val, err
+func (s *Stable) GetUint64(key []byte) (uint64, error) {
+	val, err := s.Get(key)
+	if err != nil {
+		return 0, err
+	}
+	if len(val) != 8 {
+		return 0, fault.New(fault.Corrupt, "read raft term", string(key), "has %d bytes, not 8", len(val))
+	}
+	return binary.BigEndian.Uint64(val), nil
+}
+
+// closed appends the checksum of key and value; open verifies it and takes it off.
+func closed(key, val []byte) []byte {
+	c := crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, val)
+	return binary.BigEndian.AppendUint32(append(make([]byte, 0, len(val)+4), val...), c)
+}
+
+func open(key, val []byte) ([]byte, error) {
+	n := len(val) - 4
+	if n < 0 || crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, val[:n]) != binary.BigEndian.Uint32(val[n:]) {
+		return nil, fault.New(fault.Corrupt, "read raft vote", string(key), "the checksum does not match")
+	}
+	return append([]byte(nil), val[:n]...), nil
 }

@@ -3,7 +3,6 @@ package disk
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime/debug"
 	"time"
@@ -52,11 +51,11 @@ func (s *Stores) Close() error { return s.bolt.Close() }
 // snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing is ever deleted.
 func (d *Dir) Open(opts Options) (*Stores, error) {
 	path := filepath.Join(d.Path, logFile)
-	first, last, err := inspect(path)
+	held, err := verifyFile(path)
 	if err != nil {
 		return nil, err
 	}
-	snaps, err := d.openSnapshots(opts, first, last)
+	snaps, err := d.openSnapshots(opts, held)
 	if err != nil {
 		return nil, err
 	}
@@ -89,59 +88,6 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 	return s, nil
 }
 
-// inspect reads the whole log once, read only, before anything is built upon it.
-func inspect(path string) (first, last uint64, err error) {
-	info, err := os.Stat(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, 0, nil
-	}
-	if err != nil {
-		return 0, 0, fault.As(fault.Internal, err, "open raft log", path)
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		if err := os.Chmod(path, 0o600); err != nil {
-			return 0, 0, fault.As(fault.Denied, err, "make raft log private", path)
-		}
-	}
-	err = Guarded("verify raft log", path, func() error {
-		db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockWait})
-		if err != nil {
-			return err
-		}
-		defer func() { _ = db.Close() }()
-		return db.View(func(tx *bbolt.Tx) error {
-			for err := range tx.Check() {
-				return fault.New(fault.Corrupt, "verify raft log", path, "%w", err)
-			}
-			logs := tx.Bucket([]byte("logs"))
-			if logs == nil {
-				return nil // made, but never written to: the first boot was cut short
-			}
-			return logs.ForEach(func(key, value []byte) error {
-				index, err := checkRecord(key, value)
-				if err != nil {
-					return err
-				}
-				if first == 0 {
-					first = index
-				}
-				last = index
-				return nil
-			})
-		})
-	})
-	switch {
-	case err == nil:
-		return first, last, nil
-	case errors.Is(err, bbolt.ErrTimeout):
-		return 0, 0, fault.As(fault.Conflict, err, "open raft log", path)
-	case fault.Is(err, fault.Corrupt):
-		return 0, 0, err
-	default:
-		return 0, 0, damaged(path, err)
-	}
-}
-
 func damaged(path string, cause error) error {
 	return fault.New(fault.Corrupt, "verify raft log", path,
 		"the file is damaged (%w). The other members hold the same entries: move this node's data directory away "+
@@ -149,7 +95,7 @@ func damaged(path string, cause error) error {
 }
 
 // openSnapshots opens the store and proves that some readable snapshot reaches the log's first entry.
-func (d *Dir) openSnapshots(opts Options, first, last uint64) (raft.SnapshotStore, error) {
+func (d *Dir) openSnapshots(opts Options, held extent) (raft.SnapshotStore, error) {
 	logger := opts.Logger
 	if logger == nil {
 		logger = hclog.NewNullLogger()
@@ -173,10 +119,10 @@ func (d *Dir) openSnapshots(opts Options, first, last uint64) (raft.SnapshotStor
 		_ = body.Close()
 		newest = max(newest, m.Index)
 	}
-	if len(metas) > 0 && len(broken) == len(metas) || first > newest+1 {
+	if len(metas) > 0 && len(broken) == len(metas) || held.First > newest+1 {
 		return nil, fault.New(fault.Corrupt, "open snapshots", d.Path,
 			"no readable snapshot reaches the log's first entry %d (last entry %d, best snapshot %d): %w. "+
-				"Move this node's data directory away and start it again under the same name", first, last, newest,
+				"Move this node's data directory away and start it again under the same name", held.First, held.Last, newest,
 			errors.Join(append(broken, errors.New("the state between them is not on this disk"))...))
 	}
 	return store, nil

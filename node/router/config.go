@@ -51,10 +51,6 @@ type Config struct {
 	InvalidateTimeout time.Duration
 	// DefaultLeaseTTL and MaxLeaseTTL are told to plugins whose mount is not tuned. Default 768 h each, as in Vault.
 	DefaultLeaseTTL, MaxLeaseTTL time.Duration
-	// Version is told to plugins as the host's version, a semantic version without "v". Default "1.21.0", which both
-	// SDKs' plugins accept.
-	Version string
-
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
 
@@ -107,9 +103,6 @@ func (c *Config) Validate() error {
 	}
 	if c.NodeName == "" {
 		c.NodeName = c.NodeID
-	}
-	if c.Version == "" {
-		c.Version = "1.21.0"
 	}
 	return nil
 }

@@ -7,14 +7,9 @@ import (
 	"sync/atomic"
 
 	"rollcall/node/fault"
+	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 	pluginpb "rollcall/proto/plugin"
-)
-
-// Types that a plugin's Type answers (logical.BackendType of both SDKs).
-const (
-	typeLogical    = 1
-	typeCredential = 2
 )
 
 // instance is one plugin backend set up for one role behind a mount's gate. A role change in the same process makes
@@ -192,21 +187,11 @@ func (w wildPath) match(path []string) bool {
 }
 
 // checkType compares what the plugin says it is with the table it is mounted in.
-func checkType(m *commandv1.Mount, got uint32) error {
-	want, name := uint32(typeLogical), "a secrets engine"
-	if m.GetTable() == "auth" {
-		want, name = typeCredential, "an auth method"
-	}
-	if got == want {
+func checkType(m *commandv1.Mount, got string) error {
+	if got == m.GetTable() {
 		return nil
 	}
-	is := "neither a secrets engine nor an auth method"
-	switch got {
-	case typeLogical:
-		is = "a secrets engine"
-	case typeCredential:
-		is = "an auth method"
-	}
+	words := map[string]string{supervisor.TypeSecret: "a secrets engine", supervisor.TypeAuth: "an auth method"}
 	return fault.Text(fault.Refused, "unknown backend type: the plugin %q is %s, and %s is mounted as %s",
-		m.GetType(), is, m.GetPath(), name)
+		m.GetType(), words[got], m.GetPath(), words[m.GetTable()])
 }

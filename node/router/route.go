@@ -169,10 +169,19 @@ func (r *Router) Running(mountUUID string) (generation uint64, ready bool) {
 	return in.generation(), rt.gate.lane[readLane].Load() == in
 }
 
-// Suspend says that the process behind the mount's gate has ended, or must not answer any more. A why of kind
-// fault.Unavailable lets requests fail at once; with any other they wait, bounded, for the next instance, and a
-// follower's go to the leader. Writes inside fail with fault.OutcomeUnknown, reads are tried once more.
+// Suspend says that the process behind the mount's gate has ended. Requests wait, bounded, for the next one, and a
+// follower's reads go to the leader. Writes that were inside fail with fault.OutcomeUnknown, reads are tried once more.
 func (r *Router) Suspend(mountUUID string, why error) {
+	r.suspend(mountUUID, why, away)
+}
+
+// Fail says that the instance behind the mount's gate must not answer any more, though its process lives. Requests fail
+// at once with fault.Unavailable until the next Switch.
+func (r *Router) Fail(mountUUID string, why error) {
+	r.suspend(mountUUID, why, failing)
+}
+
+func (r *Router) suspend(mountUUID string, why error, to mode) {
 	rt := r.lookup(mountUUID)
 	if rt == nil {
 		return
@@ -181,10 +190,8 @@ func (r *Router) Suspend(mountUUID string, why error) {
 	if in == nil {
 		return
 	}
-	if fault.Is(why, fault.Unavailable) {
-		rt.gate.set(failing, why, nil, nil)
-	} else {
-		rt.gate.set(away, why, nil, nil)
+	rt.gate.set(to, why, nil, nil)
+	if to == away {
 		rt.meter.cur.Load().crashes.Add(1)
 		r.metrics.crashes.Inc()
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"rollcall/node/fault"
+	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 	pluginpb "rollcall/proto/plugin"
 )
@@ -217,7 +218,7 @@ func (p *passage) call(ctx context.Context, in *instance, resp *Response) (err e
 	req := p.pluginRequest()
 	if p.req.Operation == opExists {
 		req.Operation = opUpdate
-		resp.hasCheck, resp.found, err = in.backend.HandleExistenceCheck(ctx, req)
+		resp.found, resp.hasCheck, err = in.backend.HandleExistenceCheck(ctx, req)
 		return err
 	}
 	resp.Plugin, err = in.backend.HandleRequest(ctx, req)
@@ -284,7 +285,7 @@ func needsLeader(resp *pluginpb.Response, err error) bool {
 	if err != nil {
 		text += err.Error()
 	}
-	return fault.Is(err, fault.ReadOnly) || strings.Contains(text, readOnlyText) || strings.Contains(text, waitingForLeader)
+	return fault.Is(err, fault.ReadOnly) || supervisor.IsReadOnlyText(text) || strings.Contains(text, waitingForLeader)
 }
 
 // finish is what an answer goes through before it is released.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"rollcall/node/fault"
+	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -71,7 +72,7 @@ type store struct {
 	refused, shaken atomic.Uint64
 }
 
-var _ Storage = (*store)(nil)
+var _ supervisor.Storage = (*store)(nil)
 
 func newStore(uuid string, p phase, view func() View) *store {
 	s := &store{uuid: uuid, view: view, phase: p, changed: make(chan struct{})}
@@ -101,7 +102,7 @@ func checkKey(key string) error {
 }
 
 // Get returns the entry, or nil when there is none.
-func (s *store) Get(_ context.Context, key string) (*Entry, error) {
+func (s *store) Get(_ context.Context, key string) (*supervisor.Entry, error) {
 	if err := checkKey(key); err != nil {
 		return nil, err
 	}
@@ -112,13 +113,13 @@ func (s *store) Get(_ context.Context, key string) (*Entry, error) {
 		if op.GetDelete() {
 			return nil, nil
 		}
-		return &Entry{Key: key, Value: op.GetValue(), SealWrap: op.GetSealWrap()}, nil
+		return &supervisor.Entry{Key: key, Value: op.GetValue(), SealWrap: op.GetSealWrap()}, nil
 	}
 	e := s.view().StorageGet(s.uuid, key)
 	if e == nil {
 		return nil, nil
 	}
-	return &Entry{Key: key, Value: e.GetValue(), SealWrap: e.GetSealWrap()}, nil
+	return &supervisor.Entry{Key: key, Value: e.GetValue(), SealWrap: e.GetSealWrap()}, nil
 }
 
 // List returns the direct children of prefix, sorted; folders end in "/".
@@ -181,7 +182,7 @@ func (s *store) holds(v View, folder string) bool {
 }
 
 // Put writes an entry. On the leader it returns when the write is applied here.
-func (s *store) Put(ctx context.Context, e *Entry) error {
+func (s *store) Put(ctx context.Context, e *supervisor.Entry) error {
 	if e == nil {
 		return fault.Text(fault.Invalid, "there is no storage entry to write")
 	}

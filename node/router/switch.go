@@ -3,10 +3,10 @@ package router
 import (
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
 	"rollcall/node/fault"
+	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
 )
@@ -478,7 +478,7 @@ func (r *Router) setUp(ctx context.Context, m *commandv1.Mount, in *instance, in
 	}
 	kind, err := in.backend.Type(ctx)
 	if err == nil {
-		err = checkType(m, uint32(kind))
+		err = checkType(m, kind)
 	}
 	if err != nil {
 		return refuse("type", err)
@@ -487,7 +487,7 @@ func (r *Router) setUp(ctx context.Context, m *commandv1.Mount, in *instance, in
 		return nil
 	}
 	err = in.backend.Initialize(ctx)
-	if err != nil && (in.leader || !strings.Contains(err.Error(), readOnlyText)) {
+	if err != nil && (in.leader || !supervisor.IsReadOnlyText(err.Error())) {
 		return refuse("initialize", err)
 	}
 	paths, err := in.backend.SpecialPaths(ctx)
@@ -499,7 +499,7 @@ func (r *Router) setUp(ctx context.Context, m *commandv1.Mount, in *instance, in
 }
 
 // setupOf is what a backend is told: the mount's options and what it runs as (CONTRACT 7.3).
-func (r *Router) setupOf(m *commandv1.Mount, in *instance) Setup {
+func (r *Router) setupOf(m *commandv1.Mount, in *instance) supervisor.Setup {
 	spec := in.wanted.Load().GetSpec()
 	config := make(map[string]string, len(m.GetOptions())+3)
 	for k, v := range m.GetOptions() {
@@ -507,9 +507,9 @@ func (r *Router) setupOf(m *commandv1.Mount, in *instance) Setup {
 	}
 	config["plugin_name"], config["plugin_version"] = spec.GetName(), spec.GetVersion()
 	config["plugin_type"] = spec.GetType()
-	return Setup{
+	return supervisor.Setup{
 		BackendUUID: m.GetUuid(), Config: config, Storage: in.store,
-		System: &system{r: r, uuid: m.GetUuid(), leader: in.leader},
+		System: r.system(m, in.leader),
 	}
 }
 

@@ -129,12 +129,15 @@ func (m *meter) begin() *around {
 	return a
 }
 
-// end closes the record. With a generation, that one serves from now on, and is counted from nothing.
+// end closes the record. With a generation, that one serves from now on, and is counted from nothing unless it did before.
 func (m *meter) end(a *around, generation uint64) {
 	m.during.CompareAndSwap(a, nil)
 	if generation != 0 {
-		t := &tally{generation: generation}
-		m.cur.Store(t)
+		t := m.cur.Load()
+		if t.generation != generation {
+			t = &tally{generation: generation}
+			m.cur.Store(t)
+		}
 		a.after.Store(t)
 	}
 	m.mu.Lock()

@@ -3,6 +3,8 @@ package transport
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -36,6 +38,15 @@ func (c *secureConn) Close() error {
 		err = c.NetConn().Close()
 	})
 	return err
+}
+
+// Read reports a stream that this node itself has closed as ended: Raft's handler would log it as garbage otherwise.
+func (c *secureConn) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	if n == 0 && errors.Is(err, net.ErrClosed) {
+		err = io.EOF
+	}
+	return n, err
 }
 
 func (c *secureConn) labels() []string {

@@ -86,7 +86,7 @@ var echoDesc = grpc.ServiceDesc{
 
 func newCA(t testing.TB) *pki.CA {
 	t.Helper()
-	ca, err := pki.NewCA("test", time.Hour)
+	ca, err := pki.NewCA("test", 48*time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +95,7 @@ func newCA(t testing.TB) *pki.CA {
 
 func issue(t testing.TB, ca *pki.CA, role, name string) *Credentials {
 	t.Helper()
-	c, err := Issue(ca, pki.Request{Role: role, Name: name, TTL: time.Hour})
+	c, err := Issue(ca, pki.Request{Role: role, Name: name, TTL: 24 * time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,10 +4,12 @@ import (
 	"net"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 type raftAddr = raft.ServerAddress
@@ -67,4 +69,17 @@ func pumpCounting(c net.Conn, read *readCounter) {
 			return
 		}
 	}
+}
+
+// realClock measures real time inside a synctest bubble, where time.Now is virtual.
+func realClock() func() time.Duration {
+	now := func() time.Duration {
+		var ts unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
+			return 0
+		}
+		return time.Duration(ts.Nano())
+	}
+	start := now()
+	return func() time.Duration { return (now() - start).Round(time.Millisecond) }
 }

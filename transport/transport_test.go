@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -204,7 +205,7 @@ func TestErrorsKeepTheirKindAndSayWhetherTheCallLeft(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 
-	b.echo.say = func(_ context.Context, in []byte) ([]byte, error) {
+	b.echo.say = func(call context.Context, in []byte) ([]byte, error) {
 		switch string(in) {
 		case "conflict":
 			return nil, fault.New(fault.Conflict, "start reload", "r1", "another body")
@@ -214,7 +215,7 @@ func TestErrorsKeepTheirKindAndSayWhetherTheCallLeft(t *testing.T) {
 			panic("boom")
 		case "hang":
 			mem.CloseConns("b")
-			<-ctx.Done()
+			<-call.Done()
 		}
 		return in, nil
 	}
@@ -232,10 +233,7 @@ func TestErrorsKeepTheirKindAndSayWhetherTheCallLeft(t *testing.T) {
 	}
 	_, err = a.say(ctx, b.Addr(), "b", "hang")
 	wantKind(t, err, fault.OutcomeUnknown) // it had left when the connection broke
-	cancel()
 
-	ctx, cancel = context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
 	_, err = a.say(ctx, "b:999", "b", "x")
 	wantKind(t, err, fault.Unavailable) // it never left
 	_, err = a.say(ctx, "nowhere", "b", "x")
@@ -423,26 +421,32 @@ func TestEstablishedConnectionsEndWhenTheirPeerIsNoLongerAccepted(t *testing.T) 
 }
 
 func TestAnExpiredCertificateEndsItsConnections(t *testing.T) {
-	ca := newCA(t)
-	short, err := Issue(ca, pki.Request{Role: RoleNode, Name: "b", TTL: 1500 * time.Millisecond})
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := newNode(t, TCP(), ca, "a", "127.0.0.1:0", func(c *Config) { c.Recheck = 50 * time.Millisecond })
-	acceptCounting(t, a, &readCounter{})
-	b := newNode(t, TCP(), ca, "b", "127.0.0.1:0", func(c *Config) { c.Credentials = short })
-	if err := roundTrip(b, a.Addr()); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, 10*time.Second, func() error {
-		if got := metric(t, a.reg, "rollcall_transport_connections", "direction=in"); got != 0 {
-			return fmt.Errorf("%v connections open", got)
+	synctest.Test(t, func(t *testing.T) {
+		ca, mem := newCA(t), NewMemNetwork()
+		short, err := Issue(ca, pki.Request{Role: RoleNode, Name: "b", TTL: time.Hour})
+		if err != nil {
+			t.Fatal(err)
 		}
-		return nil
+		a := newNode(t, mem.Host("a"), ca, "a", "a:1")
+		acceptCounting(t, a, &readCounter{})
+		b := newNode(t, mem.Host("b"), ca, "b", "b:1", func(c *Config) { c.Credentials = short })
+		acceptCounting(t, b, &readCounter{})
+		time.Sleep(59 * time.Minute)
+		for _, pair := range [][2]*node{{a, b}, {b, a}} {
+			if err := roundTrip(pair[0], pair[1].Addr()); err != nil {
+				t.Fatalf("before the end: %v", err)
+			}
+		}
+		time.Sleep(2*time.Minute + time.Second) // the end, and one recheck
+		if got := len(a.RaftPeers()); got != 0 {
+			t.Errorf("%d streams are still open", got)
+		}
+		for _, pair := range [][2]*node{{a, b}, {b, a}} {
+			if err := roundTrip(pair[0], pair[1].Addr()); err == nil {
+				t.Errorf("%s reaches %s with an expired certificate", pair[0].Addr(), pair[1].Addr())
+			}
+		}
 	})
-	if err := roundTrip(b, a.Addr()); err == nil {
-		t.Error("an expired certificate gets in")
-	}
 }
 
 func TestABadReloadChangesNothing(t *testing.T) {

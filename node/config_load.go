@@ -31,7 +31,8 @@ const maxConfigFile = 1 << 20
 
 // LoadConfig reads the configuration of `rollcall server`: defaults, then the file (".hcl" or ".json"; "" for none),
 // then the variables of environ (as from os.Environ) that begin with ROLLCALL_. It validates the result and reports
-// every problem at once, each with the place it comes from. The warnings are for the log.
+// every problem at once, each with the place it comes from. The warnings are about variables that were ignored;
+// Config.Warnings has those about what is set.
 func LoadConfig(path string, environ []string) (cfg Config, warnings []string, err error) {
 	cfg = DefaultConfig()
 	if host, err := os.Hostname(); err == nil {
@@ -46,7 +47,6 @@ func LoadConfig(path string, environ []string) (cfg Config, warnings []string, e
 	if err := errors.Join(errs...); err != nil {
 		return cfg, warnings, fault.As(fault.Invalid, err, "read configuration", path)
 	}
-	warnings = append(warnings, cfg.Warnings()...)
 	return cfg, warnings, cfg.Validate()
 }
 

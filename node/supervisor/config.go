@@ -44,6 +44,8 @@ type Config struct {
 	// ContentGrace is how long bytes that were asked for stay in the store although Keep does not name them. Default 10 min.
 	ContentGrace time.Duration
 
+	// NodeName is told to plugins as ROLLCALL_NODE. May be empty.
+	NodeName string
 	// HostVersion is told to plugins as VAULT_VERSION and BAO_VERSION. Default "1.20.0": plugins compare it with what they
 	// need, so it is the version of the API that is offered, not ours.
 	HostVersion string

@@ -286,7 +286,7 @@ func (l *launch) env(fromGoPlugin []string, tmpDir, owner string) []string {
 		// True even without TLS: otherwise the SDKs ask for a wrapped token that nobody gives them.
 		"VAULT_PLUGIN_AUTOMTLS_ENABLED=true", "BAO_PLUGIN_AUTOMTLS_ENABLED=true",
 		"VAULT_PLUGIN_METADATA_MODE=false", "BAO_PLUGIN_METADATA_MODE=false",
-		owner,
+		"ROLLCALL_NODE="+cfg.NodeName, owner,
 	)
 	return append(env, fromGoPlugin...)
 }

@@ -166,7 +166,7 @@ func NewRoot(e *Env) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "rollcall",
 		Short: "Upgrade plugins on every node of a cluster, and have every node answer for itself",
-		Long: `rollcall runs Vault and OpenBao plugins on a cluster of nodes and upgrades them on all of them with one call.
+		Long: `A cluster of nodes that run the plugins of Vault and OpenBao, and one call that upgrades a plugin on all of them.
 
 Flags may be typed with one dash or two, before or after arguments: -scope=global, --scope global.`,
 		SilenceUsage: true, SilenceErrors: true,
@@ -253,7 +253,7 @@ func (e *Env) hint(exit *exitError) string {
 			return "No token was sent: set ROLLCALL_TOKEN (or BAO_TOKEN, VAULT_TOKEN), or log in so that ~/.vault-token exists."
 		}
 		return "The token is not valid here or its policies do not allow this; `rollcall read auth/token/lookup-self` shows what it may do."
-	case fault.OutcomeUnknown, fault.Deadline:
+	case fault.OutcomeUnknown, fault.Deadline, fault.Canceled:
 		return "It is not known whether this took effect: look before you repeat it."
 	case fault.Unavailable:
 		fe, ok := errors.AsType[*fault.Error](exit.err)

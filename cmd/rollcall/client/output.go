@@ -61,13 +61,17 @@ func (t *table) print(w io.Writer) {
 			widths[i] = max(widths[i], utf8.RuneCountInString(c))
 		}
 	}
+	gap := 4 // as the stock commands have it
+	if t.upper {
+		gap = 2
+	}
 	var b strings.Builder
 	line := func(row int, cells []string) {
 		var l strings.Builder
 		for i, c := range cells {
 			padded := c
 			if i < len(cells)-1 {
-				padded += strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c)+2)
+				padded += strings.Repeat(" ", widths[i]-utf8.RuneCountInString(c)+gap)
 			}
 			if t.paint != nil && row >= 0 {
 				padded = t.paint(row, i, padded)
@@ -164,19 +168,26 @@ func (e *Env) printEnvelope(env *api.Envelope, field string) error {
 	var pairs [][2]string
 	if env.LeaseID != "" {
 		pairs = append(pairs, [2]string{"lease_id", env.LeaseID},
-			[2]string{"lease_duration", (seconds(env.LeaseDuration))}, [2]string{"lease_renewable", strconv.FormatBool(env.Renewable)})
+			[2]string{"lease_duration", seconds(env.LeaseDuration)}, [2]string{"lease_renewable", strconv.FormatBool(env.Renewable)})
 	}
 	for _, part := range []json.RawMessage{env.Auth, env.WrapInfo} {
 		m, err := decodeData(part)
 		if err != nil {
 			return failed("reading the answer", err)
 		}
-		for _, k := range slices.Sorted(maps.Keys(m)) {
-			name := k
-			if strings.Contains(string(part), `"client_token"`) && k != "client_token" {
-				name = "token_" + strings.TrimPrefix(k, "token_")
+		named := map[string]string{}
+		_, isAuth := m["client_token"]
+		for k, v := range m {
+			switch {
+			case k == "client_token":
+				k = "token"
+			case isAuth && !strings.HasPrefix(k, "token_"):
+				k = "token_" + k
 			}
-			pairs = append(pairs, [2]string{name, text(m[k])})
+			named[k] = text(v)
+		}
+		for _, k := range sortedKeys(named) {
+			pairs = append(pairs, [2]string{k, named[k]})
 		}
 	}
 	for _, k := range slices.Sorted(maps.Keys(data)) {

@@ -236,21 +236,25 @@ func (e *Env) follow(ctx context.Context, cl *api.Client, id string, wait time.D
 	p := NewProgress(to)
 	rec, err := cl.WaitReload(limited, id, api.Watcher{Changed: p.Update, Trouble: p.Trouble})
 	p.Clear()
-	if err != nil && (rec == nil || limited.Err() == nil) {
+	interrupted := errors.Is(ctx.Err(), context.Canceled)
+	if err != nil && (limited.Err() == nil || rec == nil && !interrupted) {
 		return failed("following reload "+id, err)
 	}
-	if err := e.showReload(rec); err != nil {
-		return err
+	if rec != nil {
+		if err := e.showReload(rec); err != nil {
+			return err
+		}
+	}
+	if err != nil {
+		text := "No longer waiting."
+		if !interrupted {
+			text = fmt.Sprintf("Still %s after %s.", rec.Phase, wait)
+		}
+		_, _ = fmt.Fprintf(e.Stderr, "\n%s The reload goes on without this command.\nFollow it with `rollcall reloads show -wait=10m %s`, "+
+			"end it with `rollcall reloads abort %s`.\n", text, id, id)
+		return quit(ExitPending)
 	}
 	code := ExitOf(rec)
-	if err != nil {
-		text := fmt.Sprintf("\nStill %s after %s. The reload goes on without this command.", rec.Phase, wait)
-		if errors.Is(ctx.Err(), context.Canceled) {
-			text = "\nNo longer waiting. The reload goes on without this command."
-		}
-		_, _ = fmt.Fprintf(e.Stderr, "%s\nFollow it with `rollcall reloads show -wait=10m %s`, end it with `rollcall reloads abort %s`.\n", text, id, id)
-		code = ExitPending
-	}
 	if code != ExitOK {
 		e.nextAfter(rec, code)
 		return quit(code)

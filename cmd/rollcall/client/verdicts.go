@@ -199,7 +199,7 @@ func summary(r *api.Reload) []string {
 		}
 		out = append(out, line)
 	}
-	if len(r.Pending) > 0 {
+	if len(r.Pending) > 0 && r.Outcome != api.OutcomeAborted { // after an abort nobody owes anything
 		out = append(out, "pending: "+strings.Join(r.Pending, ", "))
 	}
 	if len(r.Unconfirmed) > 0 {

@@ -77,7 +77,7 @@ func (p *fakePlugins) Start(ctx context.Context, mountUUID string, spec *command
 	s := p.n.sim
 	s.mu.Lock()
 	s.pids++
-	proc := &fakeProcess{p: p, pid: s.pids, mount: mountUUID, act: b, done: make(chan struct{})}
+	proc := &fakeProcess{p: p, pid: s.pids, mount: mountUUID, spec: spec, act: b, done: make(chan struct{})}
 	if p.live[mountUUID] == nil {
 		p.live[mountUUID] = map[int]bool{}
 	}
@@ -113,6 +113,13 @@ func (p *fakePlugins) newest(mountUUID string) *fakeProcess {
 	return nil
 }
 
+// peak is the highest number of processes of a mount at once.
+func (p *fakePlugins) peak(mountUUID string) int {
+	p.n.sim.mu.Lock()
+	defer p.n.sim.mu.Unlock()
+	return p.most[mountUUID]
+}
+
 func (p *fakePlugins) started(mountUUID string) int {
 	p.n.sim.mu.Lock()
 	defer p.n.sim.mu.Unlock()
@@ -129,6 +136,7 @@ type fakeProcess struct {
 	p        *fakePlugins
 	pid      int
 	mount    string
+	spec     *commandv1.Spec
 	act      behaviour
 	done     chan struct{}
 	once     sync.Once
@@ -417,6 +425,16 @@ func (r *fakeRoutes) Traffic(uuid string) *peerv1.MountTraffic {
 		t.Reads, t.Writes = s.Reads, s.Writes
 	}
 	return t
+}
+
+// serving is the spec of the instance behind the gate.
+func (r *fakeRoutes) serving(uuid string) *commandv1.Spec {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if b := r.route(uuid).backend; b != nil {
+		return b.proc.spec
+	}
+	return nil
 }
 
 // request serves one request for so long, as a client of this node sees it.

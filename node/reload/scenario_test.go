@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,12 +107,10 @@ func (s *sim) phase(rl *commandv1.Reload, want commandv1.Phase) {
 	}
 }
 
-// running answers the sha, by its first letter, that each node's newest process of the mount was started from.
+// runs answers the first letter of the sha that the node's instance of the mount was started from; "" for none.
 func (s *sim) runs(n *simNode, uuid string) string {
-	for _, st := range n.reloads.Running() {
-		if st.MountUUID == uuid {
-			return st.Spec.GetSha256()[:1]
-		}
+	if spec := n.routes.serving(uuid); spec != nil {
+		return spec.GetSha256()[:1]
 	}
 	return ""
 }
@@ -162,12 +161,14 @@ func TestAllOrNothingMovesEveryNodeAndEveryNodeAnswersForItself(t *testing.T) {
 			}
 		}
 		s.allRun(kv, "2")
-		if s.batches > 3 {
-			t.Errorf("%d batches for one reload of three nodes", s.batches)
+		if _, batches := s.entries(); batches > 3 {
+			t.Errorf("%d batches for one reload of three nodes", batches)
 		}
-		if s.nudges == 0 {
-			t.Error("nobody was nudged")
-		}
+		s.set(func() {
+			if s.nudges == 0 {
+				t.Error("nobody was nudged")
+			}
+		})
 	})
 }
 
@@ -227,18 +228,17 @@ func TestAPreparedProcessThatDiesAfterTheCommitIsStartedAgain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
-		killed := false
-		s.after = func(*commandv1.Command) {
-			if rl := s.reload("r1"); !killed && rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED {
-				killed = true
+		var killed atomic.Bool
+		s.hook(nil, func(*commandv1.Command) {
+			if rl := s.reload("r1"); rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED && !killed.Swap(true) {
 				s.nodes[1].plugins.newest(kv).die(errors.New("signal: killed"))
 			}
-		}
+		})
 		s.start(startReload("r1", &commandv1.Options{}))
 		rl := s.ended("r1")
 		s.phase(rl, commandv1.Phase_PHASE_DONE)
-		if !killed || rl.GetOutcome() != "succeeded" {
-			t.Fatalf("killed %v, outcome %q", killed, rl.GetOutcome())
+		if !killed.Load() || rl.GetOutcome() != "succeeded" {
+			t.Fatalf("killed %v, outcome %q", killed.Load(), rl.GetOutcome())
 		}
 		s.allRun(kv, "2")
 	})
@@ -255,8 +255,8 @@ func TestAProcessThatDoesNotMultiplexIsReplacedAfterItsTrialBeforeTheVote(t *tes
 		if got := n.plugins.started(kv); got != 3 {
 			t.Errorf("%d starts, want 3: the first version, the trial, and the one that serves", got)
 		}
-		if n.plugins.most[kv] != 2 {
-			t.Errorf("at most %d processes at once, want 2", n.plugins.most[kv])
+		if n.plugins.peak(kv) != 2 {
+			t.Errorf("at most %d processes at once, want 2", n.plugins.peak(kv))
 		}
 	})
 }
@@ -300,7 +300,7 @@ func TestRollingGoesFollowersFirstAndTheLeaderLast(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
 		var order []string
-		s.after = func(*commandv1.Command) {
+		s.hook(nil, func(*commandv1.Command) {
 			for _, n := range s.nodes {
 				v := n.fsm.View()
 				if m := v.Mount(kv); m != nil && v.Wanted(m, n.id).GetSpec().GetSha256() == sha("2") {
@@ -309,7 +309,7 @@ func TestRollingGoesFollowersFirstAndTheLeaderLast(t *testing.T) {
 					}
 				}
 			}
-		}
+		})
 		s.start(startReload("r1", &commandv1.Options{
 			Strategy: commandv1.Strategy_STRATEGY_ROLLING, MaxUnavailable: 1, BakeMs: ms(2 * time.Second),
 		}))
@@ -412,13 +412,13 @@ func TestLeaderLossAtEveryStepLeavesOneOutcome(t *testing.T) {
 				bubble(t, func(t *testing.T) {
 					s := cluster(t, 3)
 					defer s.stop()
-					count, lost := 0, make(chan struct{}, 1)
+					var count atomic.Int64
+					lost := make(chan struct{}, 1)
 					hit := func(c *commandv1.Command) bool {
 						if c.GetReportBatch() == nil && c.GetTakeOver() == nil && c.GetStartReload() == nil {
 							return false
 						}
-						count++
-						return count == k+1
+						return count.Add(1) == int64(k+1)
 					}
 					lose := func() {
 						s.mu.Lock()
@@ -430,19 +430,19 @@ func TestLeaderLossAtEveryStepLeavesOneOutcome(t *testing.T) {
 						}
 					}
 					if when == "before" {
-						s.before = func(c *commandv1.Command) error {
+						s.hook(func(c *commandv1.Command) error {
 							if hit(c) {
 								lose()
 								return fault.New(fault.OutcomeUnknown, "propose", "", "leadership was lost")
 							}
 							return nil
-						}
+						}, nil)
 					} else {
-						s.after = func(c *commandv1.Command) {
+						s.hook(nil, func(c *commandv1.Command) {
 							if hit(c) {
 								lose()
 							}
-						}
+						})
 					}
 					st := startReload("r1", &commandv1.Options{})
 					_, err := s.propose(&commandv1.Command{Body: &commandv1.Command_StartReload{StartReload: st}})
@@ -500,7 +500,7 @@ func TestANodeThatWasDownStartsOnceAtTheNewestGeneration(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
 		s.nodes[2].stop()
-		s.nodes[2].leaseOver = true
+		s.set(func() { s.nodes[2].leaseOver = true })
 		for i := range 3 {
 			id := fmt.Sprintf("r%d", i)
 			s.start(startReload(id, &commandv1.Options{}))
@@ -527,7 +527,8 @@ func TestACrashedPluginComesBackAndACrashLoopIsSlowedDown(t *testing.T) {
 		if took := time.Since(from); took > 500*time.Millisecond {
 			t.Errorf("served again after %v", took)
 		}
-		before, log := n.plugins.started(kv), len(s.log)
+		before := n.plugins.started(kv)
+		log, _ := s.entries()
 		n.plugins.act(sha("1"), behaviour{diesAfter: 50 * time.Millisecond, multiplexes: true})
 		n.plugins.newest(kv).die(errors.New("exit status 1"))
 		time.Sleep(10 * time.Minute)
@@ -535,8 +536,8 @@ func TestACrashedPluginComesBackAndACrashLoopIsSlowedDown(t *testing.T) {
 		if got := n.plugins.started(kv) - before; got < 15 || got > 60 {
 			t.Errorf("%d starts in ten minutes of a crash loop", got)
 		}
-		if grew := len(s.log) - log; grew > 80 {
-			t.Errorf("%d entries for a crash loop", grew)
+		if now, _ := s.entries(); now-log > 80 {
+			t.Errorf("%d entries for a crash loop", now-log)
 		}
 	})
 }
@@ -548,27 +549,29 @@ func TestARoleChangeDuringAReloadEndsWithTheNewLeaderAsTheOnlyWriter(t *testing.
 		for _, at := range []commandv1.Phase{commandv1.Phase_PHASE_PREPARING, commandv1.Phase_PHASE_COMMITTED} {
 			id := at.String()
 			moved := make(chan struct{}, 1)
-			s.after = func(*commandv1.Command) {
+			s.hook(nil, func(*commandv1.Command) {
 				if s.reload(id).GetPhase() == at {
 					select {
 					case moved <- struct{}{}:
 					default:
 					}
 				}
-			}
+			})
 			s.start(startReload(id, &commandv1.Options{}))
 			<-moved
-			s.after = nil
+			s.hook(nil, nil)
 			next := s.nodes[2]
-			if s.leader == next {
-				next = s.nodes[0]
-			}
+			s.set(func() {
+				if s.leader == next {
+					next = s.nodes[0]
+				}
+			})
 			s.elect(next)
 			s.phase(s.ended(id), commandv1.Phase_PHASE_DONE)
 			s.settle(kv)
 			s.until("the new leader took over", time.Minute, func() bool {
 				m := s.view().Mount(kv)
-				return m.GetEpochTerm() == s.term && m.GetEpochGeneration() == m.GetWanted().GetGeneration()
+				return m.GetEpochTerm() == s.view().Term() && m.GetEpochGeneration() == m.GetWanted().GetGeneration()
 			})
 		}
 	})
@@ -583,7 +586,7 @@ func TestAPluginThatCannotAssumeARoleIsReplaced(t *testing.T) {
 		s.enable(kv, "kv/")
 		s.settle(kv)
 		s.elect(s.nodes[1])
-		s.until("taken over", time.Minute, func() bool { return s.view().Mount(kv).GetEpochTerm() == s.term })
+		s.until("taken over", time.Minute, func() bool { return s.view().Mount(kv).GetEpochTerm() == 2 })
 		if got := s.nodes[1].plugins.started(kv); got != 2 {
 			t.Errorf("%d starts, want 2", got)
 		}
@@ -614,8 +617,8 @@ func TestManyReloadsEndWithAtMostTwoProcessesOfAMount(t *testing.T) {
 		}
 		s.settle(kv)
 		for _, n := range s.nodes {
-			if n.plugins.most[kv] != 2 || n.plugins.living(kv) != 1 {
-				t.Errorf("%s: at most %d processes at once, %d now", n.id, n.plugins.most[kv], n.plugins.living(kv))
+			if n.plugins.peak(kv) != 2 || n.plugins.living(kv) != 1 {
+				t.Errorf("%s: at most %d processes at once, %d now", n.id, n.plugins.peak(kv), n.plugins.living(kv))
 			}
 		}
 	})
@@ -638,10 +641,10 @@ func TestLostAndRepeatedReportsChangeNothing(t *testing.T) {
 		if rl.GetOutcome() != "succeeded" {
 			t.Errorf("outcome %q", rl.GetOutcome())
 		}
-		log := len(s.log)
+		log, _ := s.entries()
 		time.Sleep(time.Minute)
-		if grew := len(s.log) - log; grew > 0 {
-			t.Errorf("%d entries after the end: somebody still repeats itself", grew)
+		if now, _ := s.entries(); now > log {
+			t.Errorf("%d entries after the end: somebody still repeats itself", now-log)
 		}
 	})
 }
@@ -650,7 +653,7 @@ func TestASilentNodeIsExcludedWhenItsLeaseIsOverAndBlocksOtherwise(t *testing.T)
 	bubble(t, func(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
-		s.nodes[2].cut = true
+		s.set(func() { s.nodes[2].cut = true })
 		s.start(startReload("r1", &commandv1.Options{PrepareMs: ms(20 * time.Second)}))
 		s.phase(s.ended("r1"), commandv1.Phase_PHASE_ABORTED)
 		s.start(startReload("r2", &commandv1.Options{PrepareMs: ms(60 * time.Second)}))
@@ -658,24 +661,22 @@ func TestASilentNodeIsExcludedWhenItsLeaseIsOverAndBlocksOtherwise(t *testing.T)
 		if rl := s.reload("r2"); rl.GetPhase() != commandv1.Phase_PHASE_PREPARING {
 			t.Fatalf("it went on without n3, which may still answer: %v", rl.GetPhase())
 		}
-		var excluded, fenced int
-		s.after = func(c *commandv1.Command) {
+		var excluded, fenced atomic.Int64
+		s.hook(nil, func(c *commandv1.Command) {
 			if c.GetExcludeNode() != nil {
-				excluded++
+				excluded.Add(1)
 			}
 			if c.GetFenceNode() != nil {
-				fenced++
+				fenced.Add(1)
 			}
-		}
-		s.mu.Lock()
-		s.nodes[2].leaseOver = true
-		s.mu.Unlock()
+		})
+		s.set(func() { s.nodes[2].leaseOver = true })
 		rl := s.ended("r2")
 		s.phase(rl, commandv1.Phase_PHASE_DONE)
 		p := participant(rl, "n3")
-		if excluded != 1 || fenced != 1 || p.GetSafe() != commandv1.Safe_SAFE_FENCED ||
+		if excluded.Load() != 1 || fenced.Load() != 1 || p.GetSafe() != commandv1.Safe_SAFE_FENCED ||
 			outcome(p, kv).GetVerdict() != commandv1.Verdict_VERDICT_PENDING_DOWN {
-			t.Errorf("n3 was excluded %d times and fenced %d times; %v", excluded, fenced, p)
+			t.Errorf("n3 was excluded %d times and fenced %d times; %v", excluded.Load(), fenced.Load(), p)
 		}
 	})
 }
@@ -684,36 +685,21 @@ func TestANodeThatIsCutOffAfterTheCommitIsFencedAndConvergesLate(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
-		s.after = func(*commandv1.Command) {
-			if s.reload("r1").GetPhase() == commandv1.Phase_PHASE_COMMITTED {
-				s.mu.Lock()
-				if !s.nodes[2].leaseOver {
-					s.nodes[2].cut = true
-				}
-				s.mu.Unlock()
-			}
-		}
 		// The commit itself does not reach n3.
-		s.before = func(c *commandv1.Command) error {
-			for _, rep := range c.GetReportBatch().GetReports() {
-				if rep.GetMounts()[0].GetStage() == commandv1.MountReport_STAGE_PREPARED && s.batchCompletes(c) {
-					s.mu.Lock()
-					s.nodes[2].cut = true
-					s.mu.Unlock()
-				}
+		s.hook(func(c *commandv1.Command) error {
+			if s.batchCompletes(c) {
+				s.set(func() { s.nodes[2].cut = true })
 			}
 			return nil
-		}
+		}, nil)
 		s.start(startReload("r1", &commandv1.Options{}))
 		s.until("committed", time.Minute, func() bool { return s.reload("r1").GetPhase() == commandv1.Phase_PHASE_COMMITTED })
-		s.before, s.after = nil, nil
+		s.hook(nil, nil)
 		time.Sleep(6 * time.Second)
 		if rl := s.reload("r1"); terminal(rl.GetPhase()) {
 			t.Fatalf("it ended while n3 may still answer: %s", s.describe())
 		}
-		s.mu.Lock()
-		s.nodes[2].leaseOver = true
-		s.mu.Unlock()
+		s.set(func() { s.nodes[2].leaseOver = true })
 		rl := s.ended("r1")
 		s.phase(rl, commandv1.Phase_PHASE_DONE)
 		if v := outcome(participant(rl, "n3"), kv).GetVerdict(); v != commandv1.Verdict_VERDICT_PENDING_DOWN {
@@ -731,7 +717,7 @@ func TestANodeThatIsCutOffAfterTheCommitIsFencedAndConvergesLate(t *testing.T) {
 	})
 }
 
-// batchCompletes reports whether the batch holds n3's vote or the last vote that is missing.
+// batchCompletes reports whether the command holds the last vote that is missing.
 func (s *sim) batchCompletes(c *commandv1.Command) bool {
 	have := map[string]bool{}
 	for _, p := range s.reload("r1").GetParticipants() {
@@ -739,10 +725,14 @@ func (s *sim) batchCompletes(c *commandv1.Command) bool {
 			have[p.GetNodeId()] = true
 		}
 	}
+	votes := 0
 	for _, rep := range c.GetReportBatch().GetReports() {
-		have[rep.GetNodeId()] = true
+		if rep.GetMounts()[0].GetStage() == commandv1.MountReport_STAGE_PREPARED {
+			have[rep.GetNodeId()] = true
+			votes++
+		}
 	}
-	return len(have) == 3
+	return votes > 0 && len(have) == 3
 }
 
 func TestRequestsInFlightAreDrainedAndNoneIsLostOrAnsweredByAnOldGeneration(t *testing.T) {
@@ -868,10 +858,10 @@ func TestACommittedSwitchThatFailsIsReportedOnceAndTriedForward(t *testing.T) {
 			return outcome(participant(s.reload("r1"), "n2"), kv).GetReport().GetStage() ==
 				commandv1.MountReport_STAGE_FAILED_SWITCH
 		})
-		batches := s.batches
+		_, batches := s.entries()
 		time.Sleep(time.Minute)
-		if s.batches > batches+1 {
-			t.Errorf("%d batches in a minute of failing", s.batches-batches)
+		if _, now := s.entries(); now > batches+1 {
+			t.Errorf("%d batches in a minute of failing", now-batches)
 		}
 		if _, ready := n.routes.Running(kv); ready {
 			t.Error("a committed generation failed, and the old one still answers")
@@ -930,7 +920,9 @@ func TestEveryShaThatARestartOrARollbackNeedsIsKept(t *testing.T) {
 		}}})
 		s.register("v3.0.0", "3")
 		time.Sleep(2 * time.Minute)
-		if got := strings.Join(s.nodes[0].plugins.kept, " "); got != sha("1")+" "+sha("2")+" "+sha("3") {
+		var got string
+		s.set(func() { got = strings.Join(s.nodes[0].plugins.kept, " ") })
+		if got != sha("1")+" "+sha("2")+" "+sha("3") {
 			t.Errorf("kept %q: the previous, the wanted and the registered are needed", got)
 		}
 	})

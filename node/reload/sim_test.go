@@ -199,8 +199,11 @@ func (s *sim) elect(n *simNode) {
 // propose appends at the leader and applies everywhere that is not cut.
 func (s *sim) propose(c *commandv1.Command) (*commandv1.Result, error) {
 	c = proto.CloneOf(c)
-	if s.before != nil {
-		if err := s.before(c); err != nil {
+	s.mu.Lock()
+	before := s.before
+	s.mu.Unlock()
+	if before != nil {
+		if err := before(c); err != nil {
 			return nil, err
 		}
 	}
@@ -226,9 +229,10 @@ func (s *sim) propose(c *commandv1.Command) (*commandv1.Result, error) {
 		}
 	}
 	s.watchDone()
+	after := s.after
 	s.mu.Unlock()
-	if s.after != nil {
-		s.after(c)
+	if after != nil {
+		after(c)
 	}
 	return res, nil
 }
@@ -281,6 +285,27 @@ func (s *sim) watchDone() {
 			s.done[t.GetMountUuid()] = max(s.done[t.GetMountUuid()], rl.GetGeneration())
 		}
 	}
+}
+
+// hook sets before and after.
+func (s *sim) hook(before func(*commandv1.Command) error, after func(*commandv1.Command)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before, s.after = before, after
+}
+
+// entries is the length of the log, and how many of its entries are report batches.
+func (s *sim) entries() (all, batches int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.log), s.batches
+}
+
+// set changes what the sim's mutex guards.
+func (s *sim) set(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f()
 }
 
 func (s *sim) must(c *commandv1.Command) *commandv1.Result {

@@ -45,7 +45,7 @@ type Supervisor struct {
 	processes map[*Process]struct{}
 	starting  sync.WaitGroup // Start calls under way
 	work      sync.WaitGroup // goroutines of runs and of the reaper
-	quit      chan struct{}
+	quit      context.CancelFunc
 	closing   sync.Once
 	closeErr  error
 }
@@ -84,10 +84,12 @@ func New(cfg Config) (*Supervisor, error) {
 		cfg: cfg, log: cfg.Logger, store: store, spawner: proc.NewSpawner(), metrics: newMetrics(cfg.Registerer), sockets: sockets,
 		owner:     fmt.Sprintf("%s%s%d:%d:", ownerVariable, home, os.Getpid(), proc.StartTime(os.Getpid())),
 		slots:     make(chan struct{}, startSlots),
-		processes: map[*Process]struct{}{}, quit: make(chan struct{}),
+		processes: map[*Process]struct{}{},
 	}
 	s.metrics.watch(s)
-	s.work.Go(s.reap)
+	ctx, quit := context.WithCancel(context.Background())
+	s.quit = quit
+	s.work.Go(func() { Reap(ctx) })
 	return s, nil
 }
 
@@ -117,14 +119,16 @@ func hostIsGone(rest string) bool {
 	return strconv.FormatUint(proc.StartTime(n), 10) != start
 }
 
-func (s *Supervisor) reap() {
+// Reap collects orphans that have ended, until ctx ends. Every Supervisor does so by itself; a program that is PID 1 calls it
+// too, for the time before and after. It never takes a process from whoever waits for it: see proc.Reap.
+func Reap(ctx context.Context) {
 	tick := time.NewTicker(reapEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
 			proc.Reap()
-		case <-s.quit:
+		case <-ctx.Done():
 			return
 		}
 	}
@@ -140,7 +144,7 @@ func (s *Supervisor) Close(ctx context.Context) error {
 func (s *Supervisor) close(ctx context.Context) error {
 	s.mu.Lock()
 	s.closed = true
-	close(s.quit)
+	s.quit()
 	s.mu.Unlock()
 	s.starting.Wait()
 

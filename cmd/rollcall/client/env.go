@@ -230,7 +230,7 @@ func Execute(ctx context.Context, root *cobra.Command, e *Env, args []string) in
 		exit = &exitError{code: ExitUsage, err: err}
 	}
 	if !exit.quiet {
-		_, _ = fmt.Fprintf(e.Stderr, "Error: %s\n", oneDash(exit.Error()))
+		_, _ = fmt.Fprintf(e.Stderr, "Error: %s\n", oneDash(err.Error()))
 		if hint := e.hint(exit); hint != "" {
 			_, _ = fmt.Fprintf(e.Stderr, "\n%s\n", hint)
 		}

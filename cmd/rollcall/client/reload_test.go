@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -11,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/spf13/cobra"
 
 	"rollcall/node/api"
 )
@@ -344,6 +347,18 @@ func TestWhatDidNotGoThroughExitsWithItsCodeAndSaysWhatIsNext(t *testing.T) {
 		if got.code != c.code || !strings.Contains(got.stderr, c.says) {
 			t.Errorf("%s: %+v", c.r.Outcome, got)
 		}
+	}
+}
+
+func TestCommandsOfOthersChooseTheirExitCode(t *testing.T) {
+	var stderr bytes.Buffer
+	e := &Env{Stdin: strings.NewReader(""), Stdout: &stderr, Stderr: &stderr, Getenv: func(string) string { return "" }}
+	root := newTestRoot(e)
+	root.AddCommand(&cobra.Command{Use: "demo", Short: "x", RunE: func(*cobra.Command, []string) error {
+		return fmt.Errorf("demo: %w", Exit(ExitReload, errors.New("requests failed")))
+	}})
+	if code := Execute(t.Context(), root, e, []string{"demo"}); code != ExitReload || !strings.Contains(stderr.String(), "Error: demo: requests failed\n") {
+		t.Errorf("exit %d, %q", code, stderr.String())
 	}
 }
 

@@ -52,14 +52,10 @@ type member struct {
 // startRaft makes a replica called name over the stream layer.
 func startRaft(t testing.TB, name string, layer raft.StreamLayer, servers []raft.Server) *member {
 	t.Helper()
-	return startReplica(t, name, raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+	m := &member{fsm: &counter{}}
+	m.net = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: layer, MaxPool: 3, MaxRPCsInFlight: 1, Timeout: 2 * time.Second, Logger: hclog.NewNullLogger(),
-	}), servers)
-}
-
-func startReplica(t testing.TB, name string, network *raft.NetworkTransport, servers []raft.Server) *member {
-	t.Helper()
-	m := &member{fsm: &counter{}, net: network}
+	})
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(name)
 	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = 500*time.Millisecond, 500*time.Millisecond, 250*time.Millisecond

@@ -125,8 +125,9 @@ func (s *state) liveNodes() []*commandv1.Node {
 	return out
 }
 
-// restored gives every mount a new generation after an operator's snapshot restore, and ends what was under way in the
-// snapshot: its votes are of processes that are gone.
+// restored gives every mount a new generation and no epoch after an operator's snapshot restore, because what runs was set
+// up on other storage, and ends the reloads that were under way in the snapshot, because their votes are of processes that
+// are gone.
 func (e *entry) restored(c *commandv1.Restored) error {
 	why := "the state was restored from a snapshot"
 	if c.GetWhy() != "" {
@@ -140,19 +141,18 @@ func (e *entry) restored(c *commandv1.Restored) error {
 	for _, old := range mounts {
 		m := clone(old)
 		m.Wanted = &commandv1.Wanted{Generation: e.index, Spec: old.GetWanted().GetSpec(), FreshSince: e.index}
-		m.Overrides = nil
+		m.Overrides, m.Epoch, m.EpochTerm, m.EpochGeneration = nil, 0, 0, 0
 		e.putMount(m)
 	}
-	var running []*commandv1.Reload
-	e.reloads.Scan(func(_ string, r *commandv1.Reload) bool {
-		if !terminal(r.GetPhase()) {
-			running = append(running, r)
+	// Those that wait first: the end of one that runs would let them begin.
+	ids := e.openIDs()
+	for _, waiting := range []bool{true, false} {
+		for _, id := range ids {
+			r := get(&e.reloads, id)
+			if (r.GetPhase() == commandv1.Phase_PHASE_QUEUED) == waiting && !terminal(r.GetPhase()) {
+				e.finish(clone(r), commandv1.Phase_PHASE_ABORTED, why)
+			}
 		}
-		return true
-	})
-	for _, r := range running {
-		r = clone(r)
-		e.finish(r, commandv1.Phase_PHASE_ABORTED, why)
 	}
 	return nil
 }

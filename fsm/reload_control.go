@@ -89,7 +89,7 @@ func (e *entry) controlReload(c *commandv1.ControlReload) error {
 			return invalid("reload %s has no wave that is up and could be promoted", r.GetId())
 		}
 		w.Why = said("promoted", c)
-		r.Paused = false
+		r.Paused, r.Why = false, ""
 		e.nextWave(r)
 	default:
 		return invalid("unknown action %d", int32(c.GetAction()))
@@ -223,17 +223,21 @@ func waveSizes(o *commandv1.Options, n, all int) []int {
 	return sizes
 }
 
-// joiningWave is where a node that has just joined votes: the first wave that is still to be asked and is not the
-// leader's own; else the current one while it prepares.
+// joiningWave is where a node that has just joined votes: in the current wave while it prepares, else in the next one.
+// Where that is the leader's own, the leader moves one further.
 func joiningWave(r *commandv1.Reload) uint32 {
 	if len(r.GetWaves()) == 0 {
 		return 0
 	}
-	w := r.GetWave()
-	if r.GetPhase() == commandv1.Phase_PHASE_COMMITTED {
-		w++
+	if r.GetPhase() != commandv1.Phase_PHASE_COMMITTED {
+		return r.GetWave()
 	}
-	return min(w, uint32(len(r.GetWaves())-1))
+	w := r.GetWave() + 1
+	if leader := findParticipant(r, r.GetLeaderId()); leader != nil && leader.GetWave() == w && int(w) == len(r.GetWaves())-1 {
+		leader.Wave++
+		r.Waves = append(r.Waves, &commandv1.WaveState{Number: leader.GetWave()})
+	}
+	return w
 }
 
 func insertParticipant(r *commandv1.Reload, p *commandv1.Participant) {
@@ -261,7 +265,7 @@ func (e *entry) advanceWave(c *commandv1.AdvanceWave) error {
 	}
 	w := currentWave(stored)
 	if w == nil || stored.GetPhase() != commandv1.Phase_PHASE_COMMITTED || stored.GetWave() != c.GetWave() {
-		return fault.Text(fault.Stale, "reload %s is not in wave %d", stored.GetId(), c.GetWave())
+		return fault.Text(fault.Stale, "reload %s is not in wave %d", stored.GetId(), uint64(c.GetWave())+1)
 	}
 	r := clone(stored)
 	w = currentWave(r)
@@ -276,7 +280,7 @@ func (e *entry) advanceWave(c *commandv1.AdvanceWave) error {
 		e.storeReload(r)
 		return nil
 	case w.GetBakeFromNs() == 0:
-		return fault.Text(fault.Stale, "wave %d of reload %s is not up yet", c.GetWave(), r.GetId())
+		return fault.Text(fault.Stale, "wave %s of reload %s is not up yet", ordinal(r), r.GetId())
 	case r.GetPaused() && g.GetVerdict() != commandv1.Gate_VERDICT_FAILED:
 		return fault.Text(fault.Conflict, "reload %s is paused", r.GetId())
 	}

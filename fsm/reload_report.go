@@ -203,6 +203,7 @@ func mergeSwitched(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.M
 		o.Safe = true
 	case commandv1.MountReport_STAGE_SWITCHED:
 		o.Safe, o.Verdict = true, switchedVerdict(m)
+		p.Why = ""
 	default:
 		return false
 	}
@@ -249,7 +250,7 @@ func (e *entry) mergeLate(r *commandv1.Reload, p *commandv1.Participant, o *comm
 	if m.GetStage() != commandv1.MountReport_STAGE_SWITCHED || m.GetTo().GetGeneration() < r.GetGeneration() {
 		return false
 	}
-	o.Verdict, o.Report, o.Safe = commandv1.Verdict_VERDICT_CONVERGED_LATE, m, true
+	o.Verdict, o.Report, o.Safe, p.Why = commandv1.Verdict_VERDICT_CONVERGED_LATE, m, true, ""
 	markSafe(r, p)
 	return true
 }
@@ -271,6 +272,10 @@ func (e *entry) nodeSaidHello(n *commandv1.Node) {
 			p = participantOf(r, n)
 			p.JoinedDuring, p.Wave = true, joiningWave(r)
 			insertParticipant(r, p)
+		case out(p) && joins(r):
+			// It left, and its override with it: it boots with what it had before the reload, and votes again.
+			p.Wave = max(p.GetWave(), joiningWave(r))
+			ask(p, n)
 		default:
 			restart(r, p, n)
 		}
@@ -288,22 +293,28 @@ func joins(r *commandv1.Reload) bool {
 	return r.GetPhase() == commandv1.Phase_PHASE_PREPARING || int(r.GetWave()) < len(r.GetWaves())-1
 }
 
+// ask begins a participant's part (again), in its node's present incarnation.
+func ask(p *commandv1.Participant, n *commandv1.Node) {
+	p.Incarnation, p.Name, p.Safe, p.Why = n.GetIncarnation(), n.GetName(), commandv1.Safe_SAFE_UNSPECIFIED, ""
+	for _, o := range p.GetMounts() {
+		if o.GetVerdict() != commandv1.Verdict_VERDICT_UNMOUNTED {
+			o.Prepared, o.Safe, o.Verdict, o.Report = false, false, commandv1.Verdict_VERDICT_UNSPECIFIED, nil
+		}
+	}
+}
+
+// restart takes note of a participant's new incarnation.
 func restart(r *commandv1.Reload, p *commandv1.Participant, n *commandv1.Node) {
-	rejoined := out(p)
-	p.Incarnation, p.Name = n.GetIncarnation(), n.GetName()
 	committed := p.GetWave() < r.GetWave() || p.GetWave() == r.GetWave() && r.GetPhase() == commandv1.Phase_PHASE_COMMITTED
 	if !committed {
-		p.Safe, p.Why = commandv1.Safe_SAFE_UNSPECIFIED, ""
-		for _, o := range p.GetMounts() {
-			if o.GetVerdict() != commandv1.Verdict_VERDICT_UNMOUNTED {
-				o.Prepared, o.Verdict, o.Report = false, commandv1.Verdict_VERDICT_UNSPECIFIED, nil
-			}
-		}
+		ask(p, n)
 		return
 	}
-	if rejoined {
+	p.Incarnation, p.Name = n.GetIncarnation(), n.GetName()
+	if out(p) {
 		return // it owes nothing any more, and boots with what is wanted
 	}
+	p.Why = ""
 	if p.GetSafe() != commandv1.Safe_SAFE_SWITCHED && p.GetSafe() != commandv1.Safe_SAFE_REFUSED {
 		p.Safe = commandv1.Safe_SAFE_RESTARTED
 	}
@@ -327,7 +338,8 @@ func (e *entry) expectLate(n *commandv1.Node) {
 	var late []*commandv1.Reload
 	e.reloads.Scan(func(_ string, r *commandv1.Reload) bool {
 		p := findParticipant(r, n.GetId())
-		if r.GetPhase() == commandv1.Phase_PHASE_DONE && p != nil && !out(p) && p.GetIncarnation() != n.GetIncarnation() && openVerdict(p) {
+		if r.GetPhase() == commandv1.Phase_PHASE_DONE && p != nil && !out(p) && p.GetIncarnation() != n.GetIncarnation() &&
+			openVerdict(p) && e.stillWanted(r, n.GetId()) {
 			late = append(late, r)
 		}
 		return true
@@ -339,6 +351,18 @@ func (e *entry) expectLate(n *commandv1.Node) {
 	}
 }
 
+// stillWanted reports whether a node is to run what this reload committed, for any of its mounts: else something newer
+// has taken its place, and nobody will hear of this one again.
+func (s *state) stillWanted(r *commandv1.Reload, node string) bool {
+	for _, t := range r.GetTargets() {
+		if wantedOf(get(&s.mounts, t.GetMountUuid()), node).GetReloadId() == r.GetId() {
+			return true
+		}
+	}
+	return false
+}
+
+// openVerdict reports whether a participant may still converge late.
 func openVerdict(p *commandv1.Participant) bool {
 	for _, o := range p.GetMounts() {
 		switch o.GetVerdict() {

@@ -175,6 +175,8 @@ func (e *entry) checkStart(c *commandv1.StartReload) error {
 		return invalid("plugin or mounts must be provided")
 	case len(sel.GetMounts()) > maxList:
 		return invalid("at most %d mounts in one reload", maxList)
+	case len(sel.GetPlugin()) > maxName || slices.ContainsFunc(sel.GetMounts(), func(p string) bool { return len(p) > maxText }):
+		return invalid("a plugin's name has at most %d bytes, and a mount's path %d", maxName, maxText)
 	case !e.hasNamespace(c.GetNamespace()):
 		return fault.Text(fault.NotFound, "namespace not found")
 	case sel.GetAllNamespaces() && c.GetNamespace() != "":

@@ -145,10 +145,6 @@ type exitError struct {
 func (e *exitError) Error() string { return e.err.Error() }
 func (e *exitError) Unwrap() error { return e.err }
 
-// Exit is err with an exit code, for the commands that others add to the root: Execute prints it and returns code. Any
-// other error of theirs exits with ExitUsage.
-func Exit(code int, err error) error { return &exitError{code: code, err: err} }
-
 func usagef(format string, args ...any) error {
 	return &exitError{code: ExitUsage, err: fmt.Errorf(format, args...)}
 }

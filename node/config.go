@@ -26,8 +26,9 @@ type Config struct {
 	// PluginDir is the only directory that plugins are registered from. Required; outside DataDir; not writable by
 	// the plugins' user. Whoever can write here can run programs as this node.
 	PluginDir string `key:"plugin_dir"`
-	// SocketDir is where each plugin gets a private directory for its unix socket. Default: "sockets" in DataDir. At
-	// most 60 bytes long, because a socket's path may have 107; a tmpfs is best.
+	// SocketDir is where each plugin gets a private directory for its unix socket. Default: "sockets" in DataDir, or the
+	// system's temporary directory where that is too long. At most 40 bytes long, because a socket's path may have 107;
+	// a tmpfs is best.
 	SocketDir string `key:"socket_dir"`
 	// BootstrapExpect is how many nodes found the cluster, the same number on each: when that many see each other
 	// and none has any state, they begin together. 0 means: never found, only join. Leave it as it is afterwards: a
@@ -96,7 +97,7 @@ type GossipConfig struct {
 	Listen string `key:"listen"`
 	// Advertise is as in ClusterConfig.
 	Advertise string `key:"advertise"`
-	// KeyFile holds the key that all nodes share, 32 bytes in base64, made by `rollcall tls gossip-key`. Required;
+	// KeyFile holds the key that all nodes share, 32 bytes in base64, made by `rollcall tls ca`. Required;
 	// not readable by everyone. With another key a node finds nobody.
 	KeyFile string `key:"key_file"`
 }

@@ -20,8 +20,8 @@ import (
 )
 
 // maxSocketDir leaves room, in the 107 bytes of a unix socket's path, for a private directory and the name that
-// go-plugin gives a socket.
-const maxSocketDir = 60
+// go-plugin gives a socket. node/supervisor has the same limit.
+const maxSocketDir = 40
 
 var (
 	namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -91,7 +91,7 @@ func (c *Config) validateFounding(p *problems) {
 		p.add("bootstrap_expect", "%d founding nodes are more than raft.voters (%d); let the rest join", n, c.Raft.Voters)
 	}
 	p.unless(n <= 0 || c.BootstrapTokenFile != "", "bootstrap_token_file",
-		"is missing; a cluster that is founded without a first token cannot be used. `rollcall tls token` makes one")
+		"is missing; a cluster that is founded without a first token cannot be used. put a long random text into a file, or let `rollcall tls all` make one")
 	p.unless(n <= 1 || len(c.RetryJoin) > 0, "retry_join",
 		"is empty; with bootstrap_expect = %d the founding nodes must find each other", n)
 	p.unless(n != 0 || len(c.RetryJoin) > 0, "retry_join",
@@ -127,7 +127,7 @@ func (c *Config) validateAddresses(p *problems) {
 	p.unless(c.Cluster.CAFile != "", "cluster.ca_file", howTo)
 	p.unless(c.Cluster.CertFile != "", "cluster.cert_file", howTo)
 	p.unless(c.Cluster.KeyFile != "", "cluster.key_file", howTo)
-	p.unless(c.Gossip.KeyFile != "", "gossip.key_file", "is missing; `rollcall tls gossip-key` makes one for all nodes")
+	p.unless(c.Gossip.KeyFile != "", "gossip.key_file", "is missing; `rollcall tls ca` makes one for all nodes")
 
 	listeners := []struct{ key, addr string }{
 		{"http.listen", c.HTTP.Listen}, {"cluster.listen", c.Cluster.Listen}, {"gossip.listen", c.Gossip.Listen},

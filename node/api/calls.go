@@ -91,7 +91,8 @@ func (c *Client) RegisterPlugin(ctx context.Context, kind, name string, in Regis
 
 // DeregisterPlugin removes an entry; the empty version is the unversioned entry only. No error when it is absent.
 func (c *Client) DeregisterPlugin(ctx context.Context, kind, name, version string) error {
-	_, err := c.data(ctx, call{method: http.MethodDelete, path: catalogPath(kind, name), query: url.Values{"version": {version}}, repeatable: true}, nil)
+	_, err := c.data(ctx, call{method: http.MethodDelete, path: catalogPath(kind, name),
+		query: url.Values{"version": {version}}, repeatable: true}, nil)
 	return err
 }
 
@@ -182,7 +183,8 @@ func (c *Client) RemountStatus(ctx context.Context, id string) (*RemountStatus, 
 // Health asks the first node that answers how it is; the error is about not being answered only.
 func (c *Client) Health(ctx context.Context) (*Health, error) {
 	out := &Health{}
-	err := c.bare(ctx, call{path: "sys/health", query: url.Values{"standbyok": {"true"}, "perfstandbyok": {"true"}}, anyStatus: true}, out)
+	query := url.Values{"standbyok": {"true"}, "perfstandbyok": {"true"}}
+	err := c.bare(ctx, call{path: "sys/health", query: query, anyStatus: true}, out)
 	return out, err
 }
 

@@ -60,7 +60,8 @@ func New(cfg Config) (*Client, error) {
 			return nil, err
 		}
 		transport = &http.Transport{
-			Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}).DialContext,
+			Proxy:           http.ProxyFromEnvironment,
+			DialContext:     (&net.Dialer{Timeout: dialTimeout, KeepAlive: 15 * time.Second}).DialContext,
 			TLSClientConfig: t, TLSHandshakeTimeout: 5 * time.Second, ForceAttemptHTTP2: true,
 			MaxIdleConns: 16, IdleConnTimeout: 60 * time.Second,
 		}
@@ -266,7 +267,8 @@ func transportFault(err error, method string, u *url.URL) error {
 		return &fault.Error{Kind: fault.Unavailable, Err: err, Text: "the certificate of " + where + " is not trusted (" +
 			cert.Err.Error() + "): give its CA with -ca-cert or ROLLCALL_CACERT"}
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
-		return &fault.Error{Kind: fault.Unavailable, Err: err, Text: where + " speaks plain HTTP: use http:// in -address or ROLLCALL_ADDR"}
+		return &fault.Error{Kind: fault.Unavailable, Err: err,
+			Text: where + " speaks plain HTTP: use http:// in -address or ROLLCALL_ADDR"}
 	case errors.As(err, &dns), errors.As(err, &op) && op.Op == "dial":
 		return &fault.Error{Kind: fault.Unavailable, Err: err, Text: "no node answers at " + where + " (" + err.Error() +
 			"): is it running? Say where with -address or ROLLCALL_ADDR"}

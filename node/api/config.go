@@ -62,7 +62,8 @@ func Getenv(getenv func(string) string, name string) (value, variable string) {
 func FromEnv(getenv func(string) string, home string) (Config, error) {
 	get := func(name string) string { v, _ := Getenv(getenv, name); return v }
 	c := Config{
-		Addresses: SplitAddresses(get("ADDR")), Token: strings.TrimSpace(get("TOKEN")), Namespace: get("NAMESPACE"), CACert: get("CACERT"),
+		Addresses: SplitAddresses(get("ADDR")), Token: strings.TrimSpace(get("TOKEN")),
+		Namespace: get("NAMESPACE"), CACert: get("CACERT"),
 		ClientCert: get("CLIENT_CERT"), ClientKey: get("CLIENT_KEY"), ServerName: get("TLS_SERVER_NAME"),
 	}
 	if v, name := Getenv(getenv, "SKIP_VERIFY"); v != "" {

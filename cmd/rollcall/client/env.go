@@ -59,7 +59,8 @@ type conn struct {
 // connFlags are the names of the flags of conn.
 func (e *Env) connFlags(f *pflag.FlagSet) {
 	c := &e.conn
-	f.StringVar(&c.address, "address", "", "URL of a node, or several with commas (ROLLCALL_ADDR, BAO_ADDR, VAULT_ADDR; default "+api.DefaultAddress+")")
+	f.StringVar(&c.address, "address", "",
+		"URL of a node, or several with commas (ROLLCALL_ADDR, BAO_ADDR, VAULT_ADDR; default "+api.DefaultAddress+")")
 	f.StringVar(&c.namespace, "namespace", "", "namespace to work in (ROLLCALL_NAMESPACE, ...)")
 	f.StringVar(&c.caCert, "ca-cert", "", "file of PEM certificates that sign the nodes' (ROLLCALL_CACERT, ...)")
 	f.StringVar(&c.clientCert, "client-cert", "", "file of this client's certificate (ROLLCALL_CLIENT_CERT, ...)")
@@ -83,7 +84,10 @@ func (e *Env) config() (api.Config, error) {
 	for _, o := range []struct {
 		flag string
 		to   *string
-	}{{c.namespace, &cfg.Namespace}, {c.caCert, &cfg.CACert}, {c.clientCert, &cfg.ClientCert}, {c.clientKey, &cfg.ClientKey}, {c.serverName, &cfg.ServerName}} {
+	}{
+		{c.namespace, &cfg.Namespace}, {c.caCert, &cfg.CACert}, {c.clientCert, &cfg.ClientCert},
+		{c.clientKey, &cfg.ClientKey}, {c.serverName, &cfg.ServerName},
+	} {
 		if o.flag != "" {
 			*o.to = o.flag
 		}
@@ -190,9 +194,10 @@ func Commands(e *Env) []*cobra.Command {
 		newPlugin(e), newReloads(e), newMounts(e, "secret"), newMounts(e, "auth"), newRead(e), newWrite(e), newList(e),
 		newDelete(e), newOperator(e), newStatus(e), newHealthcheck(e), newEvents(e),
 	}
+	formats := cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)
 	for _, c := range cmds {
 		e.connFlags(c.PersistentFlags())
-		_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+		_ = c.RegisterFlagCompletionFunc("format", formats)
 	}
 	return append(cmds, newVersion(e))
 }
@@ -252,7 +257,8 @@ func (e *Env) hint(exit *exitError) string {
 		if token == "" {
 			return "No token was sent: set ROLLCALL_TOKEN (or BAO_TOKEN, VAULT_TOKEN), or log in so that ~/.vault-token exists."
 		}
-		return "The token is not valid here or its policies do not allow this; `rollcall read auth/token/lookup-self` shows what it may do."
+		return "The token is not valid here or its policies do not allow this; " +
+			"`rollcall read auth/token/lookup-self` shows what it may do."
 	case fault.OutcomeUnknown, fault.Deadline, fault.Canceled:
 		return "It is not known whether this took effect: look before you repeat it."
 	case fault.Unavailable:

@@ -52,13 +52,18 @@ func (m *mountFlags) add(f *pflag.FlagSet) {
 	f.StringVar(&m.description, "description", "", "text for people")
 	f.StringVar(&m.config.DefaultLeaseTTL, "default-lease-ttl", "", "TTL of leases and tokens where the plugin names none")
 	f.StringVar(&m.config.MaxLeaseTTL, "max-lease-ttl", "", "the longest TTL")
-	f.StringVar(&m.config.PluginVersion, "plugin-version", "", "version of the plugin; on a running mount it takes effect with the next reload")
+	f.StringVar(&m.config.PluginVersion, "plugin-version", "",
+		"version of the plugin; on a running mount it takes effect with the next reload")
 	f.StringVar(&m.config.ListingVisibility, "listing-visibility", "", "unauth or hidden")
 	f.StringVar(&m.config.TokenType, "token-type", "", "auth methods: type of the tokens they issue")
-	f.StringArrayVar(&m.passthrough, "passthrough-request-headers", nil, "request header that reaches the plugin; repeat or use commas")
-	f.StringArrayVar(&m.allowed, "allowed-response-headers", nil, "response header that the plugin may set; repeat or use commas")
-	f.StringArrayVar(&m.auditRequest, "audit-non-hmac-request-keys", nil, "request key that the audit log shows as it is; repeat or use commas")
-	f.StringArrayVar(&m.auditResponse, "audit-non-hmac-response-keys", nil, "response key that the audit log shows as it is; repeat or use commas")
+	f.StringArrayVar(&m.passthrough, "passthrough-request-headers", nil,
+		"request header that reaches the plugin; repeat or use commas")
+	f.StringArrayVar(&m.allowed, "allowed-response-headers", nil,
+		"response header that the plugin may set; repeat or use commas")
+	f.StringArrayVar(&m.auditRequest, "audit-non-hmac-request-keys", nil,
+		"request key that the audit log shows as it is; repeat or use commas")
+	f.StringArrayVar(&m.auditResponse, "audit-non-hmac-response-keys", nil,
+		"response key that the audit log shows as it is; repeat or use commas")
 	f.StringArrayVar(&m.options, "options", nil, "KEY=VALUE for the plugin; repeat for more")
 	f.StringVar(&m.kvVersion, "version", "", "short for -options=version=N, which kv understands")
 	f.BoolVar(&m.forceNoCache, "force-no-cache", false, "cache nothing")
@@ -117,7 +122,8 @@ func (v mountVerbs) enable() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			in := api.MountInput{Type: kind, Description: m.description, Config: &m.config, Options: m.setOptions, Local: local, SealWrap: sealWrap}
+			in := api.MountInput{Type: kind, Description: m.description, Config: &m.config, Options: m.setOptions,
+				Local: local, SealWrap: sealWrap}
 			if err := cl.Enable(cmd.Context(), v.table, at, in); err != nil {
 				return failed("enabling "+v.noun, err)
 			}
@@ -183,7 +189,8 @@ func (v mountVerbs) list() *cobra.Command {
 			}
 			t := table{head: []string{"Path", "Type", "Accessor", "Description", "Version"}}
 			if detailed {
-				t.head = []string{"Path", "Plugin", "Accessor", "Default TTL", "Max TTL", "Options", "Description", "UUID", "Version", "Running Version", "Running SHA256", "Generation"}
+				t.head = []string{"Path", "Plugin", "Accessor", "Default TTL", "Max TTL", "Options", "Description",
+					"UUID", "Version", "Running Version", "Running SHA256", "Generation"}
 			}
 			for _, p := range sortedKeys(mounts) {
 				m := mounts[p]

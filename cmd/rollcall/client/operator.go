@@ -15,9 +15,11 @@ import (
 func newOperator(e *Env) *cobra.Command {
 	c := group(&cobra.Command{Use: "operator", Short: "The cluster: members, leadership, snapshots"})
 	c.AddCommand(newMembers(e), newRaft(e),
-		e.simple("step-down", "Hand leadership to another node", "stepping down", "Success! Stepped down: another node leads now, or will shortly.",
+		e.simple("step-down", "Hand leadership to another node", "stepping down",
+			"Success! Stepped down: another node leads now, or will shortly.",
 			func(cmd *cobra.Command, cl *api.Client) error { return cl.StepDown(cmd.Context()) }),
-		e.simple("leave", "Take the asked node out of the cluster and stop it", "leaving", "Success! The node leaves the cluster and stops.",
+		e.simple("leave", "Take the asked node out of the cluster and stop it", "leaving",
+			"Success! The node leaves the cluster and stops.",
 			func(cmd *cobra.Command, cl *api.Client) error { return cl.Leave(cmd.Context()) }))
 	return c
 }
@@ -72,7 +74,8 @@ func newMembers(e *Env) *cobra.Command {
 				if m.Left {
 					notes = append(notes, "left")
 				}
-				t.add(m.Name, m.ID, orDash(m.APIAddress), orDash(m.ClusterAddress), role, orDash(m.Gossip), orDash(m.Version), strings.Join(notes, ", "))
+				t.add(m.Name, m.ID, orDash(m.APIAddress), orDash(m.ClusterAddress), role,
+					orDash(m.Gossip), orDash(m.Version), strings.Join(notes, ", "))
 			}
 			t.print(e.Stdout)
 			return nil

@@ -24,7 +24,8 @@ type Progress struct {
 
 // NewProgress shows on w. Repainting and color are for terminals only, and color not with NO_COLOR.
 func NewProgress(w io.Writer) *Progress {
-	return &Progress{w: w, size: func() (int, int, bool) { return terminal(w, os.Getenv) }, color: colored(w, os.Getenv), seen: map[string]string{}}
+	size := func() (int, int, bool) { return terminal(w, os.Getenv) }
+	return &Progress{w: w, size: size, color: colored(w, os.Getenv), seen: map[string]string{}}
 }
 
 // Update shows the record as it is now.
@@ -89,7 +90,7 @@ func (p *Progress) block(r *api.Reload, width, height int) []string {
 	}
 	if len(hidden) > 0 {
 		var parts []string
-		for _, s := range []string{api.NodeDone, api.NodePrepared, api.NodeSwitching, api.NodePending, api.NodeRefused, api.NodeExcluded, api.NodeDown, api.NodeLeft} {
+		for _, s := range nodeStates {
 			if hidden[s] > 0 {
 				parts = append(parts, fmt.Sprintf("%d %s", hidden[s], s))
 			}
@@ -97,6 +98,11 @@ func (p *Progress) block(r *api.Reload, width, height int) []string {
 		lines = append(lines, clip("  and "+strings.Join(parts, ", "), width))
 	}
 	return lines
+}
+
+// nodeStates in the order in which they are counted.
+var nodeStates = []string{
+	api.NodeDone, api.NodePrepared, api.NodeSwitching, api.NodePending, api.NodeRefused, api.NodeExcluded, api.NodeDown, api.NodeLeft,
 }
 
 // clip cuts a line before the terminal would wrap it.
@@ -212,9 +218,12 @@ func (p *Progress) events(r *api.Reload) {
 	}
 	for i := range r.Waves {
 		w := &r.Waves[i]
-		state := fmt.Sprintf("%t %t", w.Baking, w.Passed)
+		state := "is baking"
+		if w.Passed {
+			state = "passed"
+		}
 		if (w.Baking || w.Passed) && p.news(fmt.Sprintf("wave %d", w.Number), state) {
-			p.line("", fmt.Sprintf("wave %d (%s) %s", w.Number+1, strings.Join(w.Nodes, ", "), map[bool]string{true: "passed", false: "is baking"}[w.Passed]))
+			p.line("", fmt.Sprintf("wave %d (%s) %s", w.Number+1, strings.Join(w.Nodes, ", "), state))
 		}
 	}
 	for i := range r.Nodes {

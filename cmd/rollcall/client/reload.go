@@ -250,7 +250,8 @@ func (e *Env) follow(ctx context.Context, cl *api.Client, id string, wait time.D
 		if !interrupted {
 			text = fmt.Sprintf("Still %s after %s.", rec.Phase, wait)
 		}
-		_, _ = fmt.Fprintf(e.Stderr, "\n%s The reload goes on without this command.\nFollow it with `rollcall reloads show -wait=10m %s`, "+
+		_, _ = fmt.Fprintf(e.Stderr, "\n%s The reload goes on without this command.\n"+
+			"Follow it with `rollcall reloads show -wait=10m %s`, "+
 			"end it with `rollcall reloads abort %s`.\n", text, id, id)
 		return quit(ExitPending)
 	}

@@ -48,7 +48,8 @@ func newReloadsList(e *Env) *cobra.Command {
 				if r.Paused {
 					state += " (paused)"
 				}
-				t.add(r.ID, clock(r.Started), brief(r), r.Scope, r.Strategy, state, fmt.Sprintf("%d/%d", len(r.Answered), len(r.Expected)))
+				t.add(r.ID, clock(r.Started), brief(r), r.Scope, r.Strategy, state,
+					fmt.Sprintf("%d/%d", len(r.Answered), len(r.Expected)))
 			}
 			t.print(e.Stdout)
 			return nil

@@ -36,7 +36,8 @@ func PrintVerdicts(w io.Writer, r *api.Reload) {
 			if m.From != nil || m.To != nil {
 				served, lost = fmt.Sprint(m.Requests.Served), fmt.Sprint(m.Requests.Failed)
 			}
-			row := []string{n.Node, verdictOf(r, n, m), now, was, millis(m.Timings.Ready), millis(switchTime(m)), millis(m.Timings.Drain), served, lost}
+			row := []string{n.Node, verdictOf(r, n, m), now, was,
+				millis(m.Timings.Ready), millis(switchTime(m)), millis(m.Timings.Drain), served, lost}
 			if many {
 				row = slices.Insert(row, 1, m.Namespace+m.Mount)
 			}
@@ -195,7 +196,8 @@ func summary(r *api.Reload) []string {
 	if r.DecidedIndex > 0 {
 		line := fmt.Sprintf("requests: %d served, %d held (longest hold %s), %d failed", served, held, millis(longest), lost)
 		if r.P99.Before > 0 || r.P99.During > 0 || r.P99.After > 0 {
-			line += fmt.Sprintf("; p99 %s before, %s during, %s after", millis(r.P99.Before), millis(r.P99.During), millis(r.P99.After))
+			line += fmt.Sprintf("; p99 %s before, %s during, %s after",
+				millis(r.P99.Before), millis(r.P99.During), millis(r.P99.After))
 		}
 		out = append(out, line)
 	}

@@ -51,8 +51,8 @@ type Config struct {
 	InvalidateTimeout time.Duration
 	// DefaultLeaseTTL and MaxLeaseTTL are told to plugins whose mount is not tuned. Default 768 h each, as in Vault.
 	DefaultLeaseTTL, MaxLeaseTTL time.Duration
-	Logger     *slog.Logger
-	Registerer prometheus.Registerer
+	Logger                       *slog.Logger
+	Registerer                   prometheus.Registerer
 
 	// noGate lets requests pass a switch without being held, and without waiting for those in flight. It exists so that
 	// a test can show that the gate is what keeps updates.

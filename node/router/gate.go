@@ -91,25 +91,32 @@ func (g *gate) try(lane int) *instance {
 // errElsewhere says that a request need not wait here: the leader serves it.
 var errElsewhere = fault.Text(fault.NotLeader, "the mount is served by the leader for now")
 
-// enter takes a reference on the lane's instance, waiting at a held gate. It never returns the instance not. elsewhere
-// lets it give up with errElsewhere where the gate is away. waited is how long it was held; 0 when it was not.
-func (g *gate) enter(
-	ctx context.Context, lane int, limit time.Duration, not *instance, elsewhere func(mode) bool,
-) (in *instance, waited time.Duration, err error) {
-	if in = g.try(lane); in != nil && in != not {
+// wish is what a request wants of a gate.
+type wish struct {
+	lane int
+	// limit is how long it will wait.
+	limit time.Duration
+	// not is an instance that it does not want: the one that died under it.
+	not *instance
+	// elsewhere lets it give up, with errElsewhere, for a better place. Looked at whenever the gate or roles change.
+	elsewhere func(mode) bool
+	roles     func() <-chan struct{}
+}
+
+// enter takes a reference on the lane's instance, waiting at a closed gate. waited is how long; 0 when it did not.
+func (g *gate) enter(ctx context.Context, w wish) (in *instance, waited time.Duration, err error) {
+	if in = g.try(w.lane); in != nil && in != w.not {
 		return in, 0, nil
 	}
 	if in != nil {
 		in.release()
 	}
-	return g.wait(ctx, lane, limit, not, elsewhere)
+	return g.wait(ctx, w)
 }
 
-func (g *gate) wait(
-	ctx context.Context, lane int, limit time.Duration, not *instance, elsewhere func(mode) bool,
-) (*instance, time.Duration, error) {
+func (g *gate) wait(ctx context.Context, w wish) (*instance, time.Duration, error) {
 	from := time.Now()
-	timer := time.NewTimer(limit)
+	timer := time.NewTimer(w.limit)
 	defer timer.Stop()
 	counted := false
 	defer func() {
@@ -120,16 +127,20 @@ func (g *gate) wait(
 		}
 	}()
 	for {
+		var roles <-chan struct{}
+		if w.roles != nil {
+			roles = w.roles()
+		}
 		g.mu.Lock()
 		m, why, changed := g.mode, g.why, g.changed
-		in := g.try(lane)
+		in := g.try(w.lane)
 		full := !counted && in == nil && g.waiting >= g.maxWaiting
 		if in == nil && !counted && !full {
 			g.waiting++
 			counted = true
 		}
 		g.mu.Unlock()
-		if in != nil && in != not {
+		if in != nil && in != w.not {
 			return in, time.Since(from), nil
 		}
 		if in != nil {
@@ -137,23 +148,29 @@ func (g *gate) wait(
 		}
 		switch {
 		case m == gone:
-			return nil, 0, fault.Text(fault.Unavailable, "the mount is being removed from this node")
+			return nil, time.Since(from), fault.Text(fault.Unavailable, "the mount is being removed from this node")
+		case w.elsewhere != nil && w.elsewhere(m):
+			return nil, time.Since(from), errElsewhere
 		case m == failing:
-			return nil, 0, fault.As(fault.Unavailable, why, "", "")
-		case elsewhere != nil && elsewhere(m):
-			return nil, 0, errElsewhere
+			return nil, time.Since(from), fault.As(fault.Unavailable, why, "", "")
 		case full:
 			return nil, 0, fault.Text(fault.Unavailable, "%d requests already wait for this mount; try again", g.maxWaiting)
 		}
 		select {
 		case <-changed:
+		case <-roles:
 		case <-timer.C:
 			if why != nil {
-				return nil, 0, fault.New(fault.Unavailable, "", "", "the mount's plugin is not back yet: %w", why)
+				return nil, time.Since(from), fault.New(fault.Unavailable, "", "", "the mount's plugin is not back yet: %w", why)
 			}
-			return nil, 0, fault.Text(fault.Unavailable, "the mount's plugin is not ready on this node; try again")
+			return nil, time.Since(from), fault.Text(fault.Unavailable, "the mount's plugin is not ready on this node; try again")
 		case <-ctx.Done():
-			return nil, 0, fault.As(fault.KindOf(context.Cause(ctx)), context.Cause(ctx), "wait for", "the mount's plugin")
+			// Nothing has run: only a client that has gone away is told otherwise.
+			kind := fault.Unavailable
+			if fault.KindOf(ctx.Err()) == fault.Canceled {
+				kind = fault.Canceled
+			}
+			return nil, time.Since(from), fault.As(kind, ctx.Err(), "wait for", "the mount's plugin")
 		}
 	}
 }

@@ -246,7 +246,8 @@ func (rt *route) invalidate() (idle bool) {
 			return true
 		}
 		rt.mend(repair{in: in, what: resetup})
-		return false
+		_, _, over = rt.inval.front()
+		return over
 	}
 	if !ok {
 		return true
@@ -329,7 +330,8 @@ func (rt *route) mendOnce(p repair) error {
 		return err
 	}
 	defer rt.unlock()
-	if rt.run.Load() != p.in || p.in.life.dead() {
+	if rt.run.Load() != p.in || p.in.life.dead() || rt.r.role() != p.in.role() {
+		// Somebody else's now: a switch's, a restart's, or a role change's.
 		return nil
 	}
 	m := rt.r.cfg.State.View().Mount(rt.uuid)

@@ -21,6 +21,10 @@ type metrics struct {
 	repairs     prometheus.Counter
 	switches    prometheus.Counter
 	crashes     prometheus.Counter
+
+	// ok and took are children of requests and seconds, looked up once.
+	ok   [lanes]prometheus.Counter
+	took [lanes]prometheus.Observer
 }
 
 var laneNames = [lanes]string{readLane: "read", writeLane: "write"}
@@ -66,12 +70,19 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			return nil, err
 		}
 	}
+	for lane, name := range laneNames {
+		m.ok[lane], m.took[lane] = m.requests.WithLabelValues(name, "ok"), m.seconds.WithLabelValues(name)
+	}
 	return m, nil
 }
 
 func (m *metrics) answered(lane int, took, waited time.Duration, err error) {
-	m.requests.WithLabelValues(laneNames[lane], outcomeOf(err)).Inc()
-	m.seconds.WithLabelValues(laneNames[lane]).Observe(took.Seconds())
+	if err == nil {
+		m.ok[lane].Inc()
+	} else {
+		m.requests.WithLabelValues(laneNames[lane], outcomeOf(err)).Inc()
+	}
+	m.took[lane].Observe(took.Seconds())
 	if waited > 0 {
 		m.waited.Observe(waited.Seconds())
 	}

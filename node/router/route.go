@@ -71,6 +71,9 @@ func (r *Router) lookup(uuid string) *route {
 
 // lock takes the route for a change.
 func (rt *route) lock(ctx context.Context) error {
+	if rt.ctx.Err() != nil {
+		return fault.Text(fault.Unavailable, "the mount is being removed from this node")
+	}
 	select {
 	case rt.busy <- struct{}{}:
 		return nil

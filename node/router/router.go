@@ -121,7 +121,15 @@ func New(cfg Config) (*Router, error) {
 	return r, nil
 }
 
-// Close ends the routers' own goroutines and waits for them. Requests that wait at a gate fail; backends are left to who
+// role is this node's role, as instances have it: a follower's does not change with the term.
+func (r *Router) role() Role {
+	if role := r.cfg.Replica.Role(); role.Leader {
+		return role
+	}
+	return Role{}
+}
+
+// Close ends the router's own goroutines and waits for them. Requests that wait at a gate fail; backends are left to who
 // owns them. ctx bounds the wait.
 func (r *Router) Close(ctx context.Context) error {
 	r.cancel(errClosing)

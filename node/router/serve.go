@@ -93,7 +93,10 @@ func (p *passage) travel(ctx context.Context) (*Response, error) {
 			}
 			continue
 		}
-		in, waited, err := p.rt.gate.enter(ctx, p.lane, p.r.cfg.GateWait-p.waited, not, p.elsewhere)
+		in, waited, err := p.rt.gate.enter(ctx, wish{
+			lane: p.lane, limit: p.r.cfg.GateWait - p.waited, not: not, elsewhere: p.elsewhere,
+			roles: p.r.cfg.Replica.RoleChanged,
+		})
 		p.waited += waited
 		switch {
 		case errors.Is(err, errElsewhere) && try < maxTries:
@@ -195,7 +198,7 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 	err := p.call(calling, in, resp)
 	switch {
 	case err == nil && errorText(resp.Plugin) == "":
-	case calling.Err() != nil:
+	case err != nil && calling.Err() != nil:
 		return p.cut(ctx, calling, resp, err)
 	default:
 		then, err := p.judge(in, resp, err, in.store.shaken.Load() != shaken)
@@ -265,6 +268,9 @@ func (p *passage) judge(in *instance, resp *Response, err error, shaken bool) (a
 		return answered, fault.As(fault.Unavailable, err, "", "")
 	}
 	err = translate(resp.Plugin, err)
+	if write && fault.Is(err, fault.Deadline) {
+		return answered, fault.New(fault.OutcomeUnknown, "", "", "the request may or may not have taken effect: %w", err)
+	}
 	if shaken && damage(err) {
 		if write {
 			return answered, fault.New(fault.OutcomeUnknown, "", "",

@@ -50,7 +50,7 @@ type store struct {
 	view func() View
 	// write proposes one storage entry as leader of term.
 	write func(ctx context.Context, term uint64, w *commandv1.WriteStorage) (*commandv1.Result, error)
-	// lost is told, at most once, that a live store's epoch is no longer the mount's.
+	// lost is told, at most once an epoch, that a live store's epoch is no longer the mount's. It must not block.
 	lost func(*store)
 
 	mu      sync.Mutex
@@ -246,7 +246,7 @@ func (s *store) do(ctx context.Context, op *commandv1.StorageOp) error {
 		s.shaken.Add(1)
 		if fault.Is(err, fault.Stale) && s.phase == live && !s.told && s.lost != nil {
 			s.told = true
-			go s.lost(s)
+			s.lost(s)
 		}
 		return fault.Wrap(err, "write", op.GetKey())
 	}
@@ -320,7 +320,7 @@ func (s *store) pause(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		s.resume()
-		return fault.Wrap(context.Cause(ctx), "wait for writes on their way to", s.uuid)
+		return fault.As(fault.Deadline, context.Cause(ctx), "wait for writes on their way to", s.uuid)
 	}
 }
 

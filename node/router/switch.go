@@ -173,8 +173,11 @@ func (s *switching) do(ctx context.Context) error {
 	}
 	inside, cancel := context.WithTimeout(ctx, r.cfg.Inside)
 	defer cancel()
+	if err := s.quiet(inside); err != nil {
+		return err
+	}
 	from := time.Now()
-	if err := s.enter(inside); err != nil {
+	if err := rt.establish(inside, s.m, s.next); err != nil {
 		s.back(ctx, err)
 		return err
 	}
@@ -231,15 +234,16 @@ func (s *switching) undo() {
 	s.rt.reopen(s.old)
 }
 
-// enter sets the new instance up for real, and makes it the writer where this node leads.
-func (s *switching) enter(ctx context.Context) error {
-	if s.old != nil && !s.rt.r.cfg.noGate {
-		// What the old one's own goroutines write from here on waits for what becomes of this.
-		if err := s.old.store.pause(ctx); err != nil {
-			return err
-		}
+// quiet makes what the old one's own goroutines write from here on wait for what becomes of this.
+func (s *switching) quiet(ctx context.Context) error {
+	if s.old == nil || s.rt.r.cfg.noGate {
+		return nil
 	}
-	return s.rt.establish(ctx, s.m, s.next)
+	err := s.old.store.pause(ctx)
+	if err != nil {
+		s.undo()
+	}
+	return err
 }
 
 // establish sets an instance up on the state as it is, and takes the mount over or catches up with what changed.
@@ -346,10 +350,12 @@ func (rt *route) distrust(in *instance) {
 	}
 }
 
-// transient reports whether an error says nothing about the plugin: the role or the state has moved on.
+// transient reports whether an error says nothing about the plugin: the role or the state has moved on, or the log was
+// slow. What the plugin gets wrong is fault.Refused.
 func transient(err error) bool {
 	switch fault.KindOf(err) {
-	case fault.NotLeader, fault.Stale, fault.Fenced, fault.Canceled, fault.Exhausted:
+	case fault.NotLeader, fault.Stale, fault.Fenced, fault.Canceled, fault.Exhausted, fault.Unavailable, fault.Deadline,
+		fault.OutcomeUnknown:
 		return true
 	default:
 		return false

@@ -10,14 +10,16 @@ import (
 	"github.com/spf13/cobra"
 
 	"rollcall/cmd/rollcall/client"
+	"rollcall/cmd/rollcall/demoplugin"
+	"rollcall/node"
 )
 
-// version of this build, a semantic version without "v"; release builds set it with -ldflags "-X main.version=...".
-var version = "0.1.0-dev"
-
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == demoArg { // started by a node, as the demo's plugin
+		os.Exit(demoplugin.Main(os.Args[2:], os.Stderr))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	env := client.OSEnv(version)
+	env := client.OSEnv(node.Version)
 	code := client.Execute(ctx, newRoot(env), env, os.Args[1:])
 	stop()
 	os.Exit(code)
@@ -26,6 +28,7 @@ func main() {
 // newRoot is the whole command line. Each verb is a constructor that takes what it needs of the process.
 func newRoot(env *client.Env) *cobra.Command {
 	root := client.NewRoot(env)
+	root.AddCommand(newServer(env), newDev(env), newDemo(env), newTLS(env))
 	root.AddCommand(client.Commands(env)...)
 	return root
 }

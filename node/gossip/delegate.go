@@ -114,6 +114,11 @@ func (g *Gossip) learn(n *memberlist.Node, status Status) {
 		HasState: f.HasState, NonVoter: f.NonVoter, BootstrapExpect: uint32(f.BootstrapExpect), Build: f.Build,
 		Status: status, Since: time.Now(),
 	}
+	for _, other := range g.peers {
+		if other.NodeID == f.NodeID && other.Incarnation > f.Incarnation {
+			return // an older boot is history, whatever becomes of it
+		}
+	}
 	old := g.peers[n.Name]
 	if old == nil && len(g.peers) >= maxPeers && !g.forget() {
 		return
@@ -125,7 +130,7 @@ func (g *Gossip) learn(n *memberlist.Node, status Status) {
 		}
 	}
 	g.peers[n.Name] = &p
-	for name, other := range g.peers { // an older boot of the same node is history
+	for name, other := range g.peers {
 		if other.NodeID == p.NodeID && other.Incarnation < p.Incarnation {
 			delete(g.peers, name)
 		}

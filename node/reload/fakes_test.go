@@ -32,13 +32,16 @@ type fakePlugins struct {
 	live   map[string]map[int]bool
 	most   map[string]int
 	starts map[string]int
-	kept   []string
-	procs  []*fakeProcess
+	// tries counts calls of Start by sha, those that failed too.
+	tries map[string]int
+	kept  []string
+	procs []*fakeProcess
 }
 
 func newFakePlugins(n *simNode, old *fakePlugins) *fakePlugins {
 	p := &fakePlugins{
 		n: n, acts: map[string]behaviour{}, live: map[string]map[int]bool{}, most: map[string]int{}, starts: map[string]int{},
+		tries: map[string]int{},
 	}
 	if old != nil {
 		p.acts = old.acts
@@ -68,6 +71,7 @@ func (p *fakePlugins) Ensure(_ context.Context, spec *commandv1.Spec) error {
 
 func (p *fakePlugins) Start(ctx context.Context, mountUUID string, spec *commandv1.Spec) (Process, error) {
 	b := p.of(spec.GetSha256())
+	p.n.sim.set(func() { p.tries[spec.GetSha256()]++ })
 	if !sleep(ctx, b.startTook) {
 		return nil, context.Cause(ctx)
 	}
@@ -111,6 +115,11 @@ func (p *fakePlugins) newest(mountUUID string) *fakeProcess {
 		}
 	}
 	return nil
+}
+
+func (p *fakePlugins) tried(sha string) (n int) {
+	p.n.sim.set(func() { n = p.tries[sha] })
+	return n
 }
 
 // peak is the highest number of processes of a mount at once.
@@ -327,9 +336,26 @@ func (r *fakeRoutes) Switch(ctx context.Context, m *commandv1.Mount, plan Switch
 	if err != nil {
 		return fail(err)
 	}
+	r.checkTakeOver(m.GetUuid(), plan)
 	rt.backend, rt.generation, rt.role, rt.open, rt.dead = b, plan.Wanted.GetGeneration(), plan.Role, true, nil
 	rt.wake()
 	return &Switched{HoldFor: time.Since(from), Steps: []*commandv1.Step{{Name: "hold"}, {Name: "switch"}}}, nil
+}
+
+// checkTakeOver looks whether a follower opens its gate before the leader, which is to come to the same generation, has
+// taken the mount over.
+func (r *fakeRoutes) checkTakeOver(uuid string, plan SwitchPlan) {
+	s := r.n.sim
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if plan.Role.Leader || s.leader == nil || s.leader == r.n {
+		return
+	}
+	v := r.n.fsm.View()
+	m := v.Mount(uuid)
+	if g := plan.Wanted.GetGeneration(); v.Wanted(m, s.leader.id).GetGeneration() == g && m.GetEpochGeneration() < g {
+		s.wrong("%s opened generation %d before the leader had taken it over", r.n.id, g)
+	}
 }
 
 func (r *fakeRoutes) awaitTakeOver(ctx context.Context, uuid string, generation uint64) error {
@@ -362,8 +388,8 @@ func (r *fakeRoutes) Assume(ctx context.Context, uuid string, role Role) error {
 	b, generation := rt.backend, rt.generation
 	r.mu.Unlock()
 	sleep(ctx, 5*time.Millisecond)
-	if b.proc.act.assume != nil {
-		return b.proc.act.assume
+	if err := b.proc.p.of(b.proc.spec.GetSha256()).assume; err != nil {
+		return err
 	}
 	if role.Leader {
 		if err := r.takeOver(ctx, uuid, generation, role.Term); err != nil {
@@ -440,6 +466,9 @@ func (r *fakeRoutes) serving(uuid string) *commandv1.Spec {
 // request serves one request for so long, as a client of this node sees it.
 func (r *fakeRoutes) request(ctx context.Context, uuid string, took time.Duration) (uint64, error) {
 	s := r.n.sim
+	if !r.n.mayServe() {
+		return 0, fault.New(fault.Fenced, "request", uuid, "no lease")
+	}
 	s.mu.Lock()
 	floor := s.done[uuid]
 	s.mu.Unlock()
@@ -463,10 +492,12 @@ func (r *fakeRoutes) request(ctx context.Context, uuid string, took time.Duratio
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if lost {
-		s.wrong("%s: a request of generation %d was lost with its process", r.n.id, generation)
+		if !s.lossy {
+			s.wrong("%s: a request of generation %d was lost with its process", r.n.id, generation)
+		}
 		return 0, fault.New(fault.OutcomeUnknown, "request", uuid, "the plugin ended")
 	}
-	if generation < floor {
+	if generation < floor && !r.n.fenced {
 		s.wrong("%s: an answer of generation %d after %d was done", r.n.id, generation, floor)
 	}
 	return generation, nil

@@ -36,13 +36,13 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "rollcall_reload_failures_total", Help: "Preparations and switches that failed here, by phase.",
 		}, []string{"phase"}),
 		starts: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "rollcall_plugin_starts_total", Help: "Plugin processes started here.",
+			Name: "rollcall_mount_starts_total", Help: "Plugin processes started here.",
 		}),
 		crashes: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "rollcall_plugin_crashes_total", Help: "Plugin processes that ended by themselves while they served.",
+			Name: "rollcall_mount_crashes_total", Help: "Plugin processes that ended by themselves while they served.",
 		}),
 		processes: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "rollcall_plugin_processes", Help: "Plugin processes that the reconcilers of this node hold.",
+			Name: "rollcall_mount_processes", Help: "Plugin processes that the reconcilers of this node hold.",
 		}),
 	}
 	var errs []error

@@ -249,8 +249,20 @@ func TestAProcessThatDoesNotMultiplexIsReplacedAfterItsTrialBeforeTheVote(t *tes
 		s := cluster(t, 1)
 		defer s.stop()
 		s.nodes[0].plugins.act(sha("2"), behaviour{startTook: 30 * time.Millisecond})
+		var voted atomic.Int64
+		s.hook(nil, func(c *commandv1.Command) {
+			for _, rep := range c.GetReportBatch().GetReports() {
+				if m := rep.GetMounts()[0]; m.GetStage() == commandv1.MountReport_STAGE_PREPARED {
+					voted.Store(m.GetTo().GetPid())
+				}
+			}
+		})
 		s.start(startReload("r1", &commandv1.Options{}))
-		s.phase(s.ended("r1"), commandv1.Phase_PHASE_DONE)
+		rl := s.ended("r1")
+		s.phase(rl, commandv1.Phase_PHASE_DONE)
+		if serves := outcome(participant(rl, "n1"), kv).GetReport().GetTo().GetPid(); serves != voted.Load() {
+			t.Errorf("process %d serves, and the vote was for %d", serves, voted.Load())
+		}
 		n := s.nodes[0]
 		if got := n.plugins.started(kv); got != 3 {
 			t.Errorf("%d starts, want 3: the first version, the trial, and the one that serves", got)
@@ -567,7 +579,11 @@ func TestARoleChangeDuringAReloadEndsWithTheNewLeaderAsTheOnlyWriter(t *testing.
 				}
 			})
 			s.elect(next)
+			from := time.Now()
 			s.phase(s.ended(id), commandv1.Phase_PHASE_DONE)
+			if took := time.Since(from); took > 5*time.Second {
+				t.Errorf("it took %v after the election: somebody waited for a role that was over", took)
+			}
 			s.settle(kv)
 			s.until("the new leader took over", time.Minute, func() bool {
 				m := s.view().Mount(kv)
@@ -858,10 +874,23 @@ func TestACommittedSwitchThatFailsIsReportedOnceAndTriedForward(t *testing.T) {
 			return outcome(participant(s.reload("r1"), "n2"), kv).GetReport().GetStage() ==
 				commandv1.MountReport_STAGE_FAILED_SWITCH
 		})
+		time.Sleep(5 * time.Second)
 		_, batches := s.entries()
+		starts := n.plugins.started(kv)
+		var said atomic.Int64
+		s.set(func() {
+			s.wire = func(_ *simNode, method string) (drop, lose, twice bool) { said.Add(1); return }
+		})
 		time.Sleep(time.Minute)
-		if _, now := s.entries(); now > batches+1 {
-			t.Errorf("%d batches in a minute of failing", now-batches)
+		if _, now := s.entries(); now > batches || said.Load() > 0 {
+			t.Errorf("%d batches and %d reports in a minute of failing", now-batches, said.Load())
+		}
+		if got := n.plugins.started(kv) - starts; got < 2 || got > 12 {
+			t.Errorf("%d starts in a minute of failing", got)
+		}
+		if o := outcome(participant(s.reload("r1"), "n2"), kv); !o.GetSafe() ||
+			o.GetVerdict() != commandv1.Verdict_VERDICT_FAILED_SWITCH || o.GetReport().GetCause() == "" {
+			t.Errorf("the record says %v of it", o)
 		}
 		if _, ready := n.routes.Running(kv); ready {
 			t.Error("a committed generation failed, and the old one still answers")
@@ -925,5 +954,76 @@ func TestEveryShaThatARestartOrARollbackNeedsIsKept(t *testing.T) {
 		if got != sha("1")+" "+sha("2")+" "+sha("3") {
 			t.Errorf("kept %q: the previous, the wanted and the registered are needed", got)
 		}
+	})
+}
+
+func TestAVoteIsTriedOnceHoweverLongItsReportIsLost(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		n := s.nodes[2]
+		n.plugins.act(sha("2"), behaviour{start: errors.New("exit status 1"), startTook: 10 * time.Millisecond})
+		var tries atomic.Int64
+		s.set(func() {
+			s.wire = func(*simNode, string) (drop, lose, twice bool) { return tries.Add(1) < 10, false, false }
+		})
+		s.start(startReload("r1", &commandv1.Options{}))
+		s.phase(s.ended("r1"), commandv1.Phase_PHASE_ABORTED)
+		if got := n.plugins.tried(sha("2")); got != 1 {
+			t.Errorf("%d attempts for one vote", got)
+		}
+	})
+}
+
+func TestARoleThatCouldNotBeAssumedYetIsAssumedInTheSameProcess(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := newSim(t, 2)
+		defer s.stop()
+		s.register("v1.0.0", "1")
+		s.enable(kv, "kv/")
+		s.settle(kv)
+		s.nodes[1].plugins.act(sha("1"), behaviour{
+			multiplexes: true, assume: fault.New(fault.NotLeader, "propose", "", "not yet"),
+		})
+		s.elect(s.nodes[1])
+		time.Sleep(time.Second)
+		s.nodes[1].plugins.act(sha("1"), behaviour{multiplexes: true})
+		s.until("taken over", time.Minute, func() bool { return s.view().Mount(kv).GetEpochTerm() == 2 })
+		if got := s.nodes[1].plugins.started(kv); got != 1 {
+			t.Errorf("%d starts, want 1", got)
+		}
+	})
+}
+
+func TestACommittedMountThatCannotEvenStartAnswersNothingAfterTheGrace(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		n := s.nodes[1]
+		var killed atomic.Bool
+		s.hook(nil, func(*commandv1.Command) {
+			if s.reload("r1").GetPhase() == commandv1.Phase_PHASE_COMMITTED && !killed.Swap(true) {
+				n.plugins.act(sha("2"), behaviour{start: errors.New("exec format error")})
+				n.plugins.newest(kv).die(errors.New("signal: killed"))
+			}
+		})
+		s.start(startReload("r1", &commandv1.Options{RunMs: ms(10 * time.Minute)}))
+		time.Sleep(3 * time.Second)
+		if _, ready := n.routes.Running(kv); !ready || n.reloads.Converged() {
+			t.Error("within the grace the old generation goes on, and the node has not converged")
+		}
+		s.until("safe", 30*time.Second, func() bool {
+			o := outcome(participant(s.reload("r1"), "n2"), kv)
+			return o.GetSafe() && o.GetVerdict() == commandv1.Verdict_VERDICT_FAILED_SWITCH
+		})
+		if _, ready := n.routes.Running(kv); ready || !n.reloads.Converged() {
+			t.Error("after the grace nothing answers, and that counts as converged")
+		}
+		n.plugins.act(sha("2"), behaviour{multiplexes: true})
+		rl := s.ended("r1")
+		if rl.GetOutcome() != "succeeded" {
+			t.Errorf("outcome %q: %s", rl.GetOutcome(), s.describe())
+		}
+		s.allRun(kv, "2")
 	})
 }

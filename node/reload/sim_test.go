@@ -44,6 +44,8 @@ type sim struct {
 	after  func(c *commandv1.Command)
 	// wire sees each peer call; drop loses the request, lose the reply, twice delivers it twice.
 	wire func(to *simNode, method string) (drop, lose, twice bool)
+	// lossy: processes are killed, so requests may be lost with them.
+	lossy bool
 	// nudges counts, batches counts ReportBatch entries.
 	nudges, batches int
 }
@@ -57,11 +59,13 @@ type simNode struct {
 	// cut: neither entries nor calls come through. up: its Reloads runs.
 	cut, up   bool
 	leaseOver bool
-	roles     chan struct{}
-	plugins   *fakePlugins
-	routes    *fakeRoutes
-	reloads   *Reloads
-	endLead   func()
+	// fenced: it was cut off, and has no lease until it has converged.
+	fenced  bool
+	roles   chan struct{}
+	plugins *fakePlugins
+	routes  *fakeRoutes
+	reloads *Reloads
+	endLead func()
 }
 
 func newSim(t *testing.T, nodes int) *sim {
@@ -328,6 +332,30 @@ func (s *sim) view() *fsm.View {
 		return s.leader.fsm.View()
 	}
 	return s.nodes[0].fsm.View()
+}
+
+// mayServe is the lease in short: none while cut off, and none afterwards before the node has converged.
+func (n *simNode) mayServe() bool {
+	n.sim.mu.Lock()
+	cut, fenced, r := n.cut || !n.up, n.fenced, n.reloads
+	n.sim.mu.Unlock()
+	if cut {
+		return false
+	}
+	if fenced && r.Converged() {
+		n.sim.set(func() { n.fenced = n.cut })
+		return !cut
+	}
+	return !fenced
+}
+
+// isolate cuts a node off, or lets it back. Its lease is over a while after the cut.
+func (n *simNode) isolate(cut bool) {
+	n.sim.set(func() {
+		n.cut, n.leaseOver = cut, false
+		n.fenced = n.fenced || cut
+		n.sim.catchUp(n)
+	})
 }
 
 func (s *sim) reload(id string) *commandv1.Reload { return s.view().Reload(id) }

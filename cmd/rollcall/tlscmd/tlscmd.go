@@ -48,7 +48,8 @@ type CAOptions struct {
 // half made that a second call would not find.
 func CA(w io.Writer, o CAOptions) error {
 	if o.Force && o.Rotate || o.Retire && (o.Force || o.Rotate) {
-		return fault.New(fault.Invalid, "make certificate authority", o.Dir, "only one of --force, --rotate and --retire can be meant")
+		return fault.New(fault.Invalid, "make certificate authority", o.Dir,
+			"only one of --force, --rotate and --retire can be meant")
 	}
 	if o.TTL == 0 {
 		o.TTL = pki.DefaultCATTL
@@ -82,10 +83,12 @@ func CA(w io.Writer, o CAOptions) error {
 	if err := pki.WriteNew(filepath.Join(o.Dir, caKeyFile), key, 0o600, replace); err != nil {
 		return err
 	}
-	say(w, "certificate authority: %s (until %s)", filepath.Join(o.Dir, caFile), ca.NotAfter().Format(time.RFC3339))
-	say(w, "its private key:       %s (keep it off the nodes: whoever has it can make members)", filepath.Join(o.Dir, caKeyFile))
+	certPath, keyPath := filepath.Join(o.Dir, caFile), filepath.Join(o.Dir, caKeyFile)
+	say(w, "certificate authority: %s (until %s)", certPath, ca.NotAfter().Format(time.RFC3339))
+	say(w, "its private key:       %s (keep it off the nodes: whoever has it can make members)", keyPath)
 	if o.Rotate {
-		say(w, "next: copy %s to every node and reload them; then issue each node a new certificate; then: rollcall tls ca --retire", caFile)
+		say(w, "next: copy %s to every node and reload them; then issue each node a new certificate;", caFile)
+		say(w, "      then: rollcall tls ca --retire")
 		return nil
 	}
 	say(w, "next: rollcall tls cert --dir %s --name node-1 --host node-1.example,10.0.0.1", o.Dir)

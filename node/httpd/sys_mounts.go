@@ -1,0 +1,477 @@
+package httpd
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/proto"
+
+	commandv1 "rollcall/proto/command/v1"
+
+	"rollcall/node/api"
+	"rollcall/node/fault"
+)
+
+// enableTimeout bounds how long an enable waits for the mount to serve on the leader before it answers.
+const enableTimeout = 30 * time.Second
+
+// systemTTL is what a mount without TTLs of its own gets, 32 days, as the contract's servers have it.
+const systemTTL = 32 * 24 * time.Hour
+
+// mountTable binds the handlers of sys/mounts and sys/auth, which differ in the table and in some texts.
+type mountTable struct {
+	*Server
+	table string
+}
+
+func (s *Server) mountRoutes() []*route {
+	var routes []*route
+	for _, t := range []mountTable{{s, "secret"}, {s, "auth"}} {
+		base, acc := "sys/mounts", withToken
+		if t.table == "auth" {
+			base, acc = "sys/auth", withSudo
+		}
+		routes = append(routes,
+			&route{pattern: base, doubled: true, ops: map[operation]handler{opRead: t.list}, summary: "Every mount of the table."},
+			&route{pattern: base + "/{path...}", doubled: true, access: acc,
+				ops:     map[operation]handler{opRead: t.read, opUpdate: t.enable, opDelete: t.disable},
+				summary: "Enable, read or disable one mount."},
+			&route{pattern: base + "/{path...}/tune", doubled: true, access: acc,
+				ops:     map[operation]handler{opRead: t.readTune, opUpdate: t.tune},
+				summary: "A mount's configuration. Tuning never restarts anything."})
+	}
+	return append(routes,
+		&route{pattern: "sys/remount", access: withSudo, ops: map[operation]handler{opUpdate: s.remount}, summary: "Move a mount."},
+		&route{pattern: "sys/remount/status/{id}", ops: map[operation]handler{opRead: s.remountStatus}, summary: "How a move went."},
+		&route{pattern: "sys/internal/ui/mounts", access: open, ops: map[operation]handler{opRead: s.uiMounts}, summary: "The mounts that the caller may see."},
+		&route{pattern: "sys/internal/ui/mounts/{path...}", ops: map[operation]handler{opRead: s.uiMount}, summary: "One mount, for clients that adapt to it."})
+}
+
+// at finds the table and path that a client means: sys/mounts/auth/x speaks of the auth table too.
+func (t mountTable) at(q *request) (table, path string) {
+	path = strings.Trim(q.params["path"], "/") + "/"
+	if t.table == "secret" {
+		if rest, ok := strings.CutPrefix(path, "auth/"); ok && rest != "" {
+			return "auth", rest
+		}
+	}
+	return t.table, path
+}
+
+func (t mountTable) find(q *request) *commandv1.Mount {
+	table, path := t.at(q)
+	if m := q.view.MountAt(q.ns, table, path); m != nil || table == "auth" {
+		return m
+	}
+	m, _ := q.view.MountFor(q.ns, path)
+	if m != nil && m.GetTable() != table {
+		return nil
+	}
+	return m
+}
+
+func (t mountTable) missing(q *request) error {
+	table, path := t.at(q)
+	if table == "auth" {
+		return fault.Text(fault.Invalid, "No auth engine at %s", path)
+	}
+	return fault.Text(fault.Invalid, "No secret engine mount at %s", path)
+}
+
+func (t mountTable) list(q *request) (*reply, error) {
+	running := t.Plugins.Running()
+	data := map[string]any{}
+	for _, m := range q.view.Mounts() {
+		if m.GetNamespace() == q.ns && m.GetTable() == t.table {
+			data[m.GetPath()] = mountObject(m, running[m.GetUuid()])
+		}
+	}
+	return &reply{data: data}, nil
+}
+
+func (t mountTable) read(q *request) (*reply, error) {
+	m := t.find(q)
+	if m == nil {
+		return nil, t.missing(q)
+	}
+	run := t.Plugins.Running()[m.GetUuid()]
+	rep := &reply{data: mountObject(m, run)}
+	if want := m.GetWanted().GetSpec().GetVersion(); m.GetConfiguredVersion() != "" && m.GetConfiguredVersion() != want {
+		rep.warnings = append(rep.warnings, fmt.Sprintf(
+			"plugin version %q is configured but version %q is running; reload to switch: plugin reload -scope=global -mounts=%s",
+			m.GetConfiguredVersion(), want, displayPath(m)))
+	}
+	return rep, nil
+}
+
+func displayPath(m *commandv1.Mount) string {
+	if m.GetTable() == "auth" {
+		return "auth/" + m.GetPath()
+	}
+	return m.GetPath()
+}
+
+// mountObject is a mount as lists and reads show it.
+func mountObject(m *commandv1.Mount, run api.RunningMount) map[string]any {
+	c := m.GetConfig()
+	config := map[string]any{"default_lease_ttl": c.GetDefaultLeaseTtlS(), "max_lease_ttl": c.GetMaxLeaseTtlS(),
+		"force_no_cache": c.GetForceNoCache()}
+	for k, v := range map[string][]string{"passthrough_request_headers": c.GetPassthroughRequestHeaders(),
+		"allowed_response_headers": c.GetAllowedResponseHeaders(), "audit_non_hmac_request_keys": c.GetAuditNonHmacRequestKeys(),
+		"audit_non_hmac_response_keys": c.GetAuditNonHmacResponseKeys()} {
+		if len(v) > 0 {
+			config[k] = v
+		}
+	}
+	for k, v := range map[string]string{"listing_visibility": c.GetListingVisibility(), "token_type": c.GetTokenType(),
+		"identity_token_key": c.GetIdentityTokenKey(), "trial": c.GetTrial(), "fencing": c.GetFencing()} {
+		if v != "" {
+			config[k] = v
+		}
+	}
+	if m.GetTable() == "auth" && c.GetTokenType() == "" {
+		config["token_type"] = "default-service"
+	}
+	if c.GetLeaderOnly() {
+		config["leader_only"] = true
+	}
+	if c.GetHoldMs() != 0 {
+		config["hold"] = (time.Duration(c.GetHoldMs()) * time.Millisecond).String()
+	}
+	var options any
+	if len(m.GetOptions()) > 0 {
+		options = m.GetOptions()
+	}
+	return map[string]any{"type": m.GetType(), "description": m.GetDescription(), "accessor": m.GetAccessor(),
+		"uuid": m.GetUuid(), "local": m.GetLocal(), "seal_wrap": m.GetSealWrap(),
+		"external_entropy_access": m.GetExternalEntropyAccess(), "options": options,
+		"plugin_version": m.GetConfiguredVersion(), "running_plugin_version": run.Version,
+		"running_sha256": run.SHA256, "config": config, "generation": m.GetWanted().GetGeneration()}
+}
+
+// readConfig reads the tunable fields of a body on top of base; set tells whether any was there.
+func readConfig(b *fields, base *commandv1.MountConfig) (c *commandv1.MountConfig, set bool) {
+	c = &commandv1.MountConfig{}
+	if base != nil {
+		c = proto.CloneOf(base)
+	}
+	seconds := func(key string, to *int64) {
+		if b.has(key) {
+			*to, set = int64(b.duration(key)/time.Second), true
+		}
+	}
+	text := func(key string, to *string) {
+		if b.has(key) {
+			*to, set = b.str(key), true
+		}
+	}
+	list := func(key string, to *[]string) {
+		if b.has(key) {
+			*to, set = b.strs(key), true
+		}
+	}
+	flag := func(key string, to *bool) {
+		if b.has(key) {
+			*to, set = b.boolean(key), true
+		}
+	}
+	seconds("default_lease_ttl", &c.DefaultLeaseTtlS)
+	seconds("max_lease_ttl", &c.MaxLeaseTtlS)
+	flag("force_no_cache", &c.ForceNoCache)
+	text("listing_visibility", &c.ListingVisibility)
+	list("passthrough_request_headers", &c.PassthroughRequestHeaders)
+	list("allowed_response_headers", &c.AllowedResponseHeaders)
+	list("audit_non_hmac_request_keys", &c.AuditNonHmacRequestKeys)
+	list("audit_non_hmac_response_keys", &c.AuditNonHmacResponseKeys)
+	text("token_type", &c.TokenType)
+	text("identity_token_key", &c.IdentityTokenKey)
+	text("trial", &c.Trial)
+	text("fencing", &c.Fencing)
+	flag("leader_only", &c.LeaderOnly)
+	if b.has("hold") {
+		c.HoldMs, set = b.duration("hold").Milliseconds(), true
+	}
+	b.has("user_lockout_config")
+	return c, set
+}
+
+func checkConfig(c *commandv1.MountConfig) error {
+	switch {
+	case c.GetMaxLeaseTtlS() > 0 && c.GetDefaultLeaseTtlS() > c.GetMaxLeaseTtlS():
+		return fault.Text(fault.Invalid, "given default lease TTL greater than given max lease TTL")
+	case !slices.Contains([]string{"", "handshake", "setup", "initialize"}, c.GetTrial()):
+		return fault.Text(fault.Invalid, "trial must be handshake, setup or initialize, not %q", c.GetTrial())
+	case !slices.Contains([]string{"", "lease", "none"}, c.GetFencing()):
+		return fault.Text(fault.Invalid, "fencing must be lease or none, not %q", c.GetFencing())
+	case !slices.Contains([]string{"", "hidden", "unauth"}, c.GetListingVisibility()):
+		return fault.Text(fault.Invalid, "invalid listing_visibility value %q: use unauth or hidden", c.GetListingVisibility())
+	case c.GetHoldMs() > 10_000:
+		return fault.Text(fault.Invalid, "hold is at most 10s")
+	}
+	return nil
+}
+
+// enable tries the plugin on this node, enters the mount, and waits until it serves on the leader and here.
+func (t mountTable) enable(q *request) (*reply, error) {
+	m, version, err := t.readEnable(q)
+	if err != nil {
+		return nil, err
+	}
+	view, err := t.Replica.Consistent(q.ctx)
+	if err != nil {
+		return nil, err
+	}
+	spec, err := view.ResolveMount(m.GetPluginType(), m.GetType(), version)
+	if err != nil {
+		return nil, err
+	}
+	if err := view.CheckMount(m); err != nil {
+		return nil, err
+	}
+	if err := t.Plugins.TryMount(q.ctx, m, spec); err != nil {
+		return nil, fault.As(fault.Invalid, err, "", "")
+	}
+	_, err = t.propose(q, &commandv1.Command{Body: &commandv1.Command_EnableMount{EnableMount: &commandv1.EnableMount{
+		Uuid: m.GetUuid(), Accessor: m.GetAccessor(), Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(),
+		Type: m.GetType(), PluginType: m.GetPluginType(), Description: m.GetDescription(), Config: m.GetConfig(),
+		Options: m.GetOptions(), PluginVersion: version, Local: m.GetLocal(), SealWrap: m.GetSealWrap(),
+		ExternalEntropyAccess: m.GetExternalEntropyAccess(), ExpectSha256: spec.GetSha256(),
+	}}})
+	if err != nil {
+		return nil, err
+	}
+	return nil, t.awaitReady(q.ctx, m.GetUuid())
+}
+
+// readEnable makes the mount that a body asks for.
+func (t mountTable) readEnable(q *request) (m *commandv1.Mount, version string, err error) {
+	b := q.body
+	table, path := t.at(q)
+	conf := b.object("config")
+	config, _ := readConfig(conf, nil)
+	m = &commandv1.Mount{Namespace: q.ns, Table: table, Path: path, Type: b.str("type"), PluginType: table,
+		Description: b.str("description"), Config: config, Options: b.strMap("options"), Local: b.boolean("local"),
+		SealWrap: b.boolean("seal_wrap"), ExternalEntropyAccess: b.boolean("external_entropy_access")}
+	name := b.str("plugin_name")
+	if name == "" {
+		name = conf.str("plugin_name")
+	}
+	version = conf.str("plugin_version")
+	b.has("plugin_version") // accepted at the top level and dropped, as the contract's server does
+	if err := cmpErr(b.err, conf.err); err != nil {
+		return nil, "", err
+	}
+	switch {
+	case m.Type == "" && name == "":
+		return nil, "", fault.Text(fault.Invalid, "backend type must be specified as a string")
+	case m.Type == "plugin" && name == "":
+		return nil, "", fault.Text(fault.Invalid, "plugin_name must be provided for plugin backend")
+	case m.Type == "plugin" || m.Type == "":
+		m.Type = name
+	}
+	if m.Type == "database" && table == "secret" {
+		m.PluginType = "database"
+	}
+	if version, err = canonicalVersion(version); err != nil {
+		return nil, "", err
+	}
+	if err := checkConfig(config); err != nil {
+		return nil, "", err
+	}
+	m.Uuid = uuid.NewString()
+	m.Accessor = accessor(table, m.Type)
+	return m, version, nil
+}
+
+func cmpErr(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// accessor makes "<type>_<8 hex>", with "auth_" before it in the auth table.
+func accessor(table, kind string) string {
+	var b [4]byte
+	_, _ = rand.Read(b[:]) // crypto/rand never fails
+	a := kind + "_" + hex.EncodeToString(b[:])
+	if table == "auth" {
+		return "auth_" + a
+	}
+	return a
+}
+
+// awaitReady returns when the mount's writer has taken over and this node's own instance serves.
+func (t mountTable) awaitReady(ctx context.Context, mountUUID string) error {
+	ctx, cancel := context.WithTimeout(ctx, enableTimeout)
+	defer cancel()
+	for {
+		changed := t.State.Changed()
+		m := t.State.View().Mount(mountUUID)
+		if m == nil {
+			return nil // somebody disabled it already
+		}
+		run := t.Plugins.Running()[mountUUID]
+		if m.GetEpochGeneration() == m.GetWanted().GetGeneration() && run.Ready {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-time.After(20 * time.Millisecond): // the instance becomes ready without an entry
+		case <-ctx.Done():
+			text := run.Error
+			if text == "" {
+				text = "the leader has not taken it over yet"
+			}
+			return fault.Text(fault.Invalid, "mounted %s, but its plugin does not serve yet on node %s: %s",
+				displayPath(m), t.NodeName, text)
+		}
+	}
+}
+
+func (t mountTable) disable(q *request) (*reply, error) {
+	table, path := t.at(q)
+	_, err := t.propose(q, &commandv1.Command{Body: &commandv1.Command_DisableMount{
+		DisableMount: &commandv1.DisableMount{Namespace: q.ns, Table: table, Path: path}}})
+	return nil, err
+}
+
+func (t mountTable) readTune(q *request) (*reply, error) {
+	m := t.find(q)
+	if m == nil {
+		_, path := t.at(q)
+		return nil, fault.Text(fault.Invalid, "cannot fetch sysview for path %q", path)
+	}
+	data, _ := mountObject(m, api.RunningMount{})["config"].(map[string]any)
+	out := map[string]any{"description": m.GetDescription()}
+	maps.Copy(out, data)
+	def, most := TTLs(m)
+	out["default_lease_ttl"], out["max_lease_ttl"] = int64(def/time.Second), int64(most/time.Second)
+	if m.GetConfiguredVersion() != "" {
+		out["plugin_version"] = m.GetConfiguredVersion()
+	}
+	if len(m.GetOptions()) > 0 {
+		out["options"] = m.GetOptions()
+	}
+	return &reply{data: out}, nil
+}
+
+// TTLs resolves a mount's lease TTLs against the system's.
+func TTLs(m *commandv1.Mount) (def, most time.Duration) {
+	def, most = systemTTL, systemTTL
+	if n := m.GetConfig().GetMaxLeaseTtlS(); n > 0 {
+		most = time.Duration(n) * time.Second
+	}
+	if n := m.GetConfig().GetDefaultLeaseTtlS(); n > 0 {
+		def = time.Duration(n) * time.Second
+	}
+	return min(def, most), most
+}
+
+func (t mountTable) tune(q *request) (*reply, error) {
+	m := t.find(q)
+	if m == nil {
+		return nil, t.missing(q)
+	}
+	b := q.body
+	config, set := readConfig(b, m.GetConfig())
+	cmd := &commandv1.TuneMount{Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(),
+		SetConfig: set, Config: config}
+	if b.has("description") {
+		cmd.SetDescription, cmd.Description = true, b.str("description")
+	}
+	if b.has("options") {
+		cmd.SetOptions, cmd.Options = true, b.strMap("options")
+	}
+	if b.has("plugin_version") {
+		cmd.SetPluginVersion, cmd.PluginVersion = true, b.str("plugin_version")
+		if cmd.PluginVersion == "" {
+			return nil, fault.Text(fault.Invalid, "version %q is not a valid semantic version: malformed version: %s", "", "")
+		}
+		v, err := canonicalVersion(cmd.PluginVersion)
+		if err != nil {
+			return nil, err
+		}
+		cmd.PluginVersion = v
+	}
+	if b.err != nil {
+		return nil, b.err
+	}
+	if err := checkConfig(config); err != nil {
+		return nil, err
+	}
+	_, err := t.propose(q, &commandv1.Command{Body: &commandv1.Command_TuneMount{TuneMount: cmd}})
+	return nil, err
+}
+
+// mountOf splits a client's "auth/x" or "x" into table and path.
+func mountOf(p string) (table, path string) {
+	p = strings.Trim(p, "/") + "/"
+	if rest, ok := strings.CutPrefix(p, "auth/"); ok && rest != "" {
+		return "auth", rest
+	}
+	return "secret", p
+}
+
+func (s *Server) remount(q *request) (*reply, error) {
+	from, to := q.body.str("from"), q.body.str("to")
+	if q.body.err != nil || from == "" || to == "" {
+		return nil, fault.Text(fault.Invalid, "both 'from' and 'to' path must be specified as a string")
+	}
+	cmd := &commandv1.MoveMount{Namespace: q.ns, ToNamespace: q.ns}
+	cmd.Table, cmd.Path = mountOf(from)
+	cmd.ToTable, cmd.ToPath = mountOf(to)
+	if _, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_MoveMount{MoveMount: cmd}}); err != nil {
+		return nil, err
+	}
+	return &reply{data: map[string]any{"migration_id": q.id}, warnings: []string{
+		"Mount move has been queued. Progress will be reported in rollcall's log, tagged with the returned migration_id"}}, nil
+}
+
+// remountStatus answers for any id: a move is one entry of the log, so one that was answered has succeeded.
+func (s *Server) remountStatus(q *request) (*reply, error) {
+	if _, err := uuid.Parse(q.params["id"]); err != nil {
+		return nil, nil
+	}
+	return &reply{data: map[string]any{"migration_id": q.params["id"],
+		"migration_info": map[string]any{"source_mount": "", "target_mount": "", "status": "success"}}}, nil
+}
+
+func (s *Server) uiMounts(q *request) (*reply, error) {
+	who := tokenOf(q.http) != "" && s.admit(q, &route{access: withToken}) == nil
+	secret, auth := map[string]any{}, map[string]any{}
+	for _, m := range q.view.Mounts() {
+		if m.GetNamespace() != q.ns || !who && m.GetConfig().GetListingVisibility() != "unauth" {
+			continue
+		}
+		o := map[string]any{"type": m.GetType(), "description": m.GetDescription(), "options": m.GetOptions()}
+		if m.GetTable() == "auth" {
+			auth[m.GetPath()] = o
+		} else {
+			secret[m.GetPath()] = o
+		}
+	}
+	return &reply{data: map[string]any{"auth": auth, "secret": secret}}, nil
+}
+
+// uiMount answers 403 for what is not there as for what may not be seen: the text is what clients print.
+func (s *Server) uiMount(q *request) (*reply, error) {
+	path := strings.Trim(q.params["path"], "/") + "/"
+	m, _ := q.view.MountFor(q.ns, path)
+	if m == nil {
+		return nil, &fault.Error{Kind: fault.Denied, Text: fmt.Sprintf("preflight capability check returned 403, "+
+			"please ensure client's policies grant access to path %q", path)}
+	}
+	o := mountObject(m, s.Plugins.Running()[m.GetUuid()])
+	o["path"] = m.GetNamespace() + displayPath(m)
+	return &reply{data: o}, nil
+}

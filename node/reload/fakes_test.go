@@ -497,6 +497,7 @@ func (r *fakeRoutes) request(ctx context.Context, uuid string, took time.Duratio
 		}
 		return 0, fault.New(fault.OutcomeUnknown, "request", uuid, "the plugin ended")
 	}
+	s.served++
 	if generation < floor && !r.n.fenced {
 		s.wrong("%s: an answer of generation %d after %d was done", r.n.id, generation, floor)
 	}

@@ -48,6 +48,8 @@ type sim struct {
 	lossy bool
 	// nudges counts, batches counts ReportBatch entries.
 	nudges, batches int
+	// served counts the requests that were answered.
+	served int
 }
 
 type simNode struct {

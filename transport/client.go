@@ -174,14 +174,16 @@ func outcome(err error, sent *atomic.Bool) error {
 }
 
 func unaryClient(
-	ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption,
+	ctx context.Context, method string, req, reply any,
+	cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption,
 ) error {
 	sent := new(atomic.Bool)
 	return outcome(invoker(context.WithValue(ctx, sentKey{}, sent), method, req, reply, cc, opts...), sent)
 }
 
 func streamClient(
-	ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption,
+	ctx context.Context, desc *grpc.StreamDesc,
+	cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption,
 ) (grpc.ClientStream, error) {
 	sent := new(atomic.Bool)
 	s, err := streamer(context.WithValue(ctx, sentKey{}, sent), desc, cc, method, opts...)

@@ -121,11 +121,12 @@ func (t *Transport) RaftPeers() []Identity {
 // again, and closes those that no longer pass. It runs by itself at Config.Recheck and after a change of the
 // credentials; call it when a node has been removed.
 func (t *Transport) Recheck() {
-	m := t.cfg.Credentials.cur.Load()
+	m := t.trust()
 	for _, c := range t.snapshot(func(*secureConn) bool { return true }) {
 		if err := t.still(m, c); err != nil {
 			t.met.recheck.Inc()
-			t.log.Warn("connection closed: its peer is no longer accepted", "peer", c.id.String(), "serial", c.id.Serial, "error", err)
+			t.log.Warn("connection closed: its peer is no longer accepted",
+				"peer", c.id.String(), "serial", c.id.Serial, "error", err)
 			_ = c.Close()
 		}
 	}
@@ -188,7 +189,8 @@ func (t *Transport) watch() {
 		case <-tick.C:
 			t.Recheck()
 			if left := time.Until(t.Identity().NotAfter); left < 24*time.Hour {
-				t.quiet.warn(t.log, "this node's certificate ends soon; issue a new one with: rollcall tls cert", "in", left.Round(time.Second))
+				t.quiet.warn(t.log, "this node's certificate ends soon; issue a new one with: rollcall tls cert",
+					"in", left.Round(time.Second))
 			}
 		}
 	}

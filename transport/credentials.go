@@ -214,12 +214,17 @@ func (m *material) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage) err
 	return fault.As(fault.Denied, err, "verify certificate", "")
 }
 
-// server returns the configuration of one accepted connection. check decides about the peer; its error becomes the
-// alert that ends the handshake, before any byte of a protocol is read.
-func (m *material) server(check func(tls.ConnectionState) error) *tls.Config {
+// server returns the configuration of accepted connections. check verifies the peer's chain and decides about it; its
+// error becomes the alert that ends the handshake, before any byte of a protocol is read.
+//
+// Every step of a handshake takes what is current at that step. With what was current at its first moment, a handshake
+// that straddles a rotation would meet a certificate that its trust does not know yet.
+func (c *Credentials) server(check func(tls.ConnectionState) error) *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{m.cert},
-		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: m.pool,
+		MinVersion:     tls.VersionTLS13,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return &c.cur.Load().cert, nil },
+		// check verifies: the standard library would do so against the trust of the first moment.
+		ClientAuth: tls.RequireAnyClientCert,
 		NextProtos: []string{alpnRaft, alpnGRPC},
 		// A resumed session would skip what has changed since: trust, expiry, authorisation.
 		SessionTicketsDisabled: true,
@@ -227,15 +232,15 @@ func (m *material) server(check func(tls.ConnectionState) error) *tls.Config {
 	}
 }
 
-// client returns the configuration of one dialled connection.
-func (m *material) client(alpn string, check func(tls.ConnectionState) error) *tls.Config {
+// client returns the configuration of one dialled connection; check is as for server.
+func (c *Credentials) client(alpn string, check func(tls.ConnectionState) error) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		// Always ours, whatever authorities the server names: a refusal with a reason beats an empty certificate.
-		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &m.cert, nil },
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.cur.Load().cert, nil },
 		NextProtos:           []string{alpn},
 		// Peers are known by the identity in their certificate, not by a host name: check verifies the whole chain
-		// itself (verify), which the standard library would do only together with a host name.
+		// itself (material.verify), which the standard library would do only together with a host name.
 		InsecureSkipVerify:     true,
 		SessionTicketsDisabled: true,
 		VerifyConnection:       check,

@@ -247,7 +247,8 @@ func TestAClientMayCallNothingThatIsNotListed(t *testing.T) {
 			methods = append(methods, "/"+s.ServiceName+"/"+m.StreamName)
 		}
 	}
-	methods = append(methods, methodStream, "/no.such.Service/Method", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
+	methods = append(methods, methodStream, "/no.such.Service/Method",
+		"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo")
 	if len(methods) < 12 {
 		t.Fatalf("only %d methods", len(methods))
 	}
@@ -344,7 +345,9 @@ func TestPeerIdentityIsFalseOutsideAHandler(t *testing.T) {
 func TestConfigSaysWhatIsWrong(t *testing.T) {
 	ca := newCA(t)
 	good := func() Config {
-		return Config{Listen: "127.0.0.1:0", Credentials: issue(t, ca, RoleNode, "n"), Logger: quietLogger(), Registerer: newRegistry()}
+		return Config{
+			Listen: "127.0.0.1:0", Credentials: issue(t, ca, RoleNode, "n"), Logger: quietLogger(), Registerer: newRegistry(),
+		}
 	}
 	for field, spoil := range map[string]func(*Config){
 		"Listen":      func(c *Config) { c.Listen = "" },

@@ -28,7 +28,8 @@ func newMetrics(reg prometheus.Registerer, creds *Credentials) (*metrics, error)
 		}, []string{"direction", "protocol"}),
 		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: ns, Subsystem: sub, Name: "incoming_total",
-			Help: "Incoming connections by result: accepted, refused (certificate or identity), silent (no handshake in time), full.",
+			Help: "Incoming connections by result: accepted, refused (certificate or identity), " +
+				"silent (no handshake in time), full.",
 		}, []string{"result"}),
 		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: ns, Subsystem: sub, Name: "served_calls_total",
@@ -56,7 +57,8 @@ func newMetrics(reg prometheus.Registerer, creds *Credentials) (*metrics, error)
 		Namespace: ns, Subsystem: sub, Name: "certificate_expiry_timestamp_seconds",
 		Help: "When this node's certificate ends, in seconds since 1970.",
 	}, func() float64 { return float64(creds.Identity().NotAfter.Unix()) })
-	for _, c := range []prometheus.Collector{m.conns, m.handshakes, m.calls, m.seconds, m.panics, m.rotations, m.recheck, expiry} {
+	all := []prometheus.Collector{m.conns, m.handshakes, m.calls, m.seconds, m.panics, m.rotations, m.recheck, expiry}
+	for _, c := range all {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -66,7 +66,8 @@ func (r *raftLayer) open(addr string) error {
 	default:
 	}
 	if r.t.refused.Load() {
-		return fault.New(fault.Unavailable, "dial raft peer", addr, "this node's raft streams are held back: its disk does not answer")
+		return fault.New(fault.Unavailable, "dial raft peer", addr,
+			"this node's raft streams are held back: its disk does not answer")
 	}
 	return nil
 }

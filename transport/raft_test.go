@@ -58,7 +58,8 @@ func startRaft(t testing.TB, name string, layer raft.StreamLayer, servers []raft
 	})
 	cfg := raft.DefaultConfig()
 	cfg.LocalID = raft.ServerID(name)
-	cfg.HeartbeatTimeout, cfg.ElectionTimeout, cfg.LeaderLeaseTimeout = 500*time.Millisecond, 500*time.Millisecond, 250*time.Millisecond
+	cfg.HeartbeatTimeout, cfg.ElectionTimeout = 500*time.Millisecond, 500*time.Millisecond
+	cfg.LeaderLeaseTimeout = 250 * time.Millisecond
 	cfg.Logger = hclog.NewNullLogger()
 	store := raft.NewInmemStore()
 	snaps := raft.NewInmemSnapshotStore()

@@ -95,7 +95,9 @@ func (t *Transport) observeUnary(
 	return handler(ctx, req)
 }
 
-func (t *Transport) observeStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
+func (t *Transport) observeStream(
+	srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler,
+) (err error) {
 	start := time.Now()
 	defer func() { t.observe(info.FullMethod, start, recover(), &err) }()
 	return handler(srv, ss)

@@ -3,6 +3,7 @@ package transport
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
@@ -247,7 +248,7 @@ func (t *Transport) handshake(raw net.Conn) (*secureConn, error) {
 		return nil, err
 	}
 	var id Identity
-	conn := tls.Server(raw, t.cfg.Credentials.cur.Load().server(func(cs tls.ConnectionState) (err error) {
+	conn := tls.Server(raw, t.cfg.Credentials.server(func(cs tls.ConnectionState) (err error) {
 		id, err = t.admit(cs)
 		return err
 	}))
@@ -260,14 +261,20 @@ func (t *Transport) handshake(raw net.Conn) (*secureConn, error) {
 	return t.track(&secureConn{Conn: conn, t: t, id: id, in: true, alpn: conn.ConnectionState().NegotiatedProtocol})
 }
 
-// admit decides, inside the handshake, about a peer whose chain the standard library has verified.
+// admit decides, inside the handshake, about a peer that has proved to own its certificate's key.
 func (t *Transport) admit(cs tls.ConnectionState) (Identity, error) {
+	if err := t.trust().verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth); err != nil {
+		return Identity{}, err
+	}
 	id, err := pki.IdentityOf(cs.PeerCertificates[0])
 	if err != nil {
 		return id, err
 	}
 	return id, t.permit(id, cs.NegotiatedProtocol)
 }
+
+// trust returns the current credentials.
+func (t *Transport) trust() *material { return t.cfg.Credentials.cur.Load() }
 
 // permit says whether an incoming peer may use a protocol.
 func (t *Transport) permit(id Identity, alpn string) error {
@@ -314,10 +321,9 @@ func (t *Transport) dial(ctx context.Context, addr, name, alpn string) (*secureC
 func (t *Transport) secure(ctx context.Context, raw net.Conn, addr, name, alpn string) (*secureConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, t.cfg.HandshakeTimeout)
 	defer cancel()
-	m := t.cfg.Credentials.cur.Load()
 	var id Identity
-	conn := tls.Client(raw, m.client(alpn, func(cs tls.ConnectionState) (err error) {
-		id, err = m.recognise(cs, name)
+	conn := tls.Client(raw, t.cfg.Credentials.client(alpn, func(cs tls.ConnectionState) (err error) {
+		id, err = t.trust().recognise(cs, name)
 		return err
 	}))
 	if err := conn.HandshakeContext(ctx); err != nil {

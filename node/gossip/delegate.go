@@ -78,13 +78,7 @@ func (d *delegate) NotifyJoin(n *memberlist.Node) { d.g.learn(n, Alive) }
 func (d *delegate) NotifyUpdate(n *memberlist.Node) { d.g.learn(n, Alive) }
 
 // NotifyLeave is memberlist.EventDelegate's.
-func (d *delegate) NotifyLeave(n *memberlist.Node) {
-	status := Dead
-	if n.State == memberlist.StateLeft {
-		status = Left
-	}
-	d.g.learn(n, status)
-}
+func (d *delegate) NotifyLeave(n *memberlist.Node) { d.g.learn(n, Dead) }
 
 // acceptable decodes what the node announces and checks that it belongs with us.
 func (g *Gossip) acceptable(n *memberlist.Node) (*fact, error) {
@@ -106,6 +100,9 @@ func (g *Gossip) learn(n *memberlist.Node, status Status) {
 	f, err := decode(n.Meta, n.Name)
 	if err != nil || f.NodeID == g.cfg.NodeID {
 		return // ourselves, or somebody whom NotifyAlive has not let through
+	}
+	if status == Dead && f.Leaving {
+		status = Left
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -301,14 +301,28 @@ func (g *Gossip) shutdown() error {
 	if g.list == nil {
 		err = g.trans.Shutdown()
 	} else {
-		if lerr := g.list.Leave(time.Second); lerr != nil {
-			g.log.Debug("goodbye", "error", lerr)
-		}
+		g.sayGoodbye()
 		err = g.list.Shutdown()
 	}
 	g.wg.Wait()
 	g.m.unregister()
 	return fault.Wrap(err, "stop gossip", g.cfg.Name)
+}
+
+// sayGoodbye tells the others that this is no failure, as far as they listen.
+func (g *Gossip) sayGoodbye() {
+	g.mu.Lock()
+	last := g.self
+	last.Leaving = true
+	meta, err := last.encode()
+	g.mu.Unlock()
+	if err == nil {
+		g.meta.Store(&meta)
+		err = g.list.UpdateNode(400 * time.Millisecond)
+	}
+	if lerr := g.list.Leave(time.Second); err != nil || lerr != nil {
+		g.log.Debug("goodbye", "error", errors.Join(err, lerr))
+	}
 }
 
 // Addr returns the bound address.

@@ -26,6 +26,7 @@ const (
 const (
 	flagState = 1 << iota
 	flagNonVoter
+	flagLeaving
 )
 
 // fact is what one node announces of itself: where to find it, and what a founder must know. It is gossip: known to be
@@ -38,6 +39,7 @@ type fact struct {
 	ClusterID       string // a UUID, or empty
 	HasState        bool
 	NonVoter        bool
+	Leaving         bool // said before goodbye: memberlist does not tell its delegates the left from the dead
 	BootstrapExpect uint8
 	Build           string
 }
@@ -60,6 +62,9 @@ func (f *fact) encode() ([]byte, error) {
 	}
 	if f.NonVoter {
 		flags |= flagNonVoter
+	}
+	if f.Leaving {
+		flags |= flagLeaving
 	}
 	b := append(make([]byte, 0, 128), metaVersion, flags, f.BootstrapExpect)
 	b = append(b, id[:]...)
@@ -93,7 +98,7 @@ func decode(b []byte, member string) (*fact, error) {
 	if b[0] != metaVersion {
 		return bad("version %d", b[0])
 	}
-	f := &fact{HasState: b[1]&flagState != 0, NonVoter: b[1]&flagNonVoter != 0, BootstrapExpect: b[2]}
+	f := &fact{HasState: b[1]&flagState != 0, NonVoter: b[1]&flagNonVoter != 0, Leaving: b[1]&flagLeaving != 0, BootstrapExpect: b[2]}
 	id, cluster := uuid.UUID(b[3:19]), uuid.UUID(b[19:35])
 	if id == uuid.Nil {
 		return bad("no node id")

@@ -167,9 +167,17 @@ func TestWhatMakesNoSenseIsRefused(t *testing.T) {
 		}
 	}
 	for _, o := range []CertOptions{
-		{Name: ""}, {Name: "../n"}, {Name: "ca"}, {Name: "ca-key"}, {Name: "n", Role: "root"},
-		{Name: "n", Hosts: []string{"https://x"}}, {Name: "n", Hosts: []string{"x:80"}}, {Name: "n", Hosts: []string{""}},
-		{Name: "n", Hosts: []string{"a..b"}}, {Name: "n", Hosts: []string{"-a"}}, {Name: "n", TTL: -1},
+		{Name: ""},
+		{Name: "../n"},
+		{Name: "ca"},
+		{Name: "ca-key"},
+		{Name: "n", Role: "root"},
+		{Name: "n", Hosts: []string{"https://x"}},
+		{Name: "n", Hosts: []string{"x:80"}},
+		{Name: "n", Hosts: []string{""}},
+		{Name: "n", Hosts: []string{"a..b"}},
+		{Name: "n", Hosts: []string{"-a"}},
+		{Name: "n", TTL: -1},
 	} {
 		o.Dir = dir
 		if err := Cert(&out, o); !fault.Is(err, fault.Invalid) {

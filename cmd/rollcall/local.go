@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 
 	"rollcall/node"
 	"rollcall/node/api"
+	"rollcall/node/telemetry"
 )
 
 // localStop bounds the end of a local cluster.
@@ -103,10 +105,13 @@ func (s *sandbox) clean() error {
 	return os.RemoveAll(s.dir)
 }
 
-// quiet drops the nodes' logs unless the user wants them.
+// quiet drops the nodes' logs unless the user wants them. Libraries that use the global logger are taken along: their
+// lines would stand between what the command says.
 func quiet(verbose bool, logger *slog.Logger) *slog.Logger {
-	if verbose {
-		return logger
+	if !verbose {
+		logger = slog.New(slog.DiscardHandler)
 	}
-	return slog.New(slog.DiscardHandler)
+	log.SetFlags(0)
+	log.SetOutput(telemetry.Lines(logger, slog.LevelDebug))
+	return logger
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log"
+	"log/slog"
 	"os"
 	"os/signal"
 	"runtime"
@@ -61,6 +63,8 @@ func serve(ctx context.Context, stderr io.Writer, cfg node.Config, warnings []st
 	if err != nil {
 		return err
 	}
+	log.SetFlags(0)
+	log.SetOutput(telemetry.Lines(logger, slog.LevelDebug)) // go-plugin's broker writes there
 	for _, w := range warnings {
 		logger.Warn(w)
 	}

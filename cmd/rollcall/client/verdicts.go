@@ -101,7 +101,7 @@ func verdictOf(r *api.Reload, n *api.ReloadNode, m *api.ReloadMount) string {
 	}
 }
 
-// nowAndWas is what the node runs and what it ran, as "v1.2.0 1a2b3c4d".
+// nowAndWas is what the node runs and what it ran, as "v1.2.0 1a2b3c4d pid 4711".
 func nowAndWas(r *api.Reload, n *api.ReloadNode, m *api.ReloadMount) (now, was string) {
 	from, to := m.From, m.To
 	if from == nil { // what the reload set out from; the node itself has said nothing
@@ -135,7 +135,11 @@ func build(p *api.Process) string {
 	if p == nil {
 		return "-"
 	}
-	return orDash(strings.TrimSpace(p.Version + " " + short(p.SHA256)))
+	text := strings.TrimSpace(p.Version + " " + short(p.SHA256))
+	if p.PID != 0 {
+		text += fmt.Sprintf(" pid %d", p.PID)
+	}
+	return orDash(text)
 }
 
 // causes are the lines that say what did not work, where and why.

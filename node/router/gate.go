@@ -119,6 +119,7 @@ func (g *gate) wait(ctx context.Context, w wish) (*instance, time.Duration, erro
 	timer := time.NewTimer(w.limit)
 	defer timer.Stop()
 	counted := false
+	var waited time.Duration
 	defer func() {
 		if counted {
 			g.mu.Lock()
@@ -141,36 +142,40 @@ func (g *gate) wait(ctx context.Context, w wish) (*instance, time.Duration, erro
 		}
 		g.mu.Unlock()
 		if in != nil && in != w.not {
-			return in, time.Since(from), nil
+			return in, waited, nil
 		}
 		if in != nil {
 			in.release()
 		}
 		switch {
 		case m == gone:
-			return nil, time.Since(from), fault.Text(fault.Unavailable, "the mount is being removed from this node")
+			return nil, waited, fault.Text(fault.Unavailable, "the mount is being removed from this node")
 		case w.elsewhere != nil && w.elsewhere(m):
-			return nil, time.Since(from), errElsewhere
+			return nil, waited, errElsewhere
 		case m == failing:
-			return nil, time.Since(from), fault.As(fault.Unavailable, why, "", "")
+			return nil, waited, fault.As(fault.Unavailable, why, "", "")
 		case full:
 			return nil, 0, fault.Text(fault.Unavailable, "%d requests already wait for this mount; try again", g.maxWaiting)
 		}
 		select {
 		case <-changed:
+			waited = time.Since(from)
 		case <-roles:
+			waited = time.Since(from)
 		case <-timer.C:
+			waited = time.Since(from)
 			if why != nil {
-				return nil, time.Since(from), fault.New(fault.Unavailable, "", "", "the mount's plugin is not back yet: %w", why)
+				return nil, waited, fault.New(fault.Unavailable, "", "", "the mount's plugin is not back yet: %w", why)
 			}
-			return nil, time.Since(from), fault.Text(fault.Unavailable, "the mount's plugin is not ready on this node; try again")
+			return nil, waited, fault.Text(fault.Unavailable, "the mount's plugin is not ready on this node; try again")
 		case <-ctx.Done():
+			waited = time.Since(from)
 			// Nothing has run: only a client that has gone away is told otherwise.
 			kind := fault.Unavailable
 			if fault.KindOf(ctx.Err()) == fault.Canceled {
 				kind = fault.Canceled
 			}
-			return nil, time.Since(from), fault.As(kind, ctx.Err(), "wait for", "the mount's plugin")
+			return nil, waited, fault.As(kind, ctx.Err(), "wait for", "the mount's plugin")
 		}
 	}
 }

@@ -1,0 +1,609 @@
+package router
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"rollcall/node/fault"
+	"rollcall/node/supervisor"
+	commandv1 "rollcall/proto/command/v1"
+	pluginpb "rollcall/proto/plugin"
+)
+
+// three is a cluster of three with a mount that runs everywhere.
+func three(t *testing.T, config *commandv1.MountConfig, change func(*Config)) (*cluster, *commandv1.Mount, []*fake) {
+	t.Helper()
+	c := newCluster(t, 3, change)
+	m := c.mount("kv/", config)
+	var fakes []*fake
+	for _, n := range c.nodes {
+		f := newFake(n.id)
+		fakes = append(fakes, f)
+		n.up(t, c.get(m.GetUuid()), f)
+	}
+	return c, c.get(m.GetUuid()), fakes
+}
+
+func TestReadsRunWhereTheyArriveAndEverythingElseOnTheLeader(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	for _, n := range c.nodes {
+		r, err := n.do(opRead, "kv/whoami", "")
+		if err != nil || field(r, "name") != n.id || r.Node != n.id {
+			t.Fatalf("read on %s: %+v, %v", n.id, r, err)
+		}
+		for _, op := range []string{opUpdate, opCreate, opDelete, opPatch} {
+			r, err := n.do(op, "kv/whoami", "{}")
+			if err != nil || field(r, "name") != "n1" || r.Node != "n1" || r.Generation != m.GetWanted().GetGeneration() {
+				t.Fatalf("%s on %s: %+v, %v", op, n.id, r, err)
+			}
+		}
+	}
+}
+
+func TestAClientThatStaysOnOneNodeReadsItsOwnWrites(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	n := c.nodes[1]
+	for i := range 300 {
+		want := fmt.Sprint(i)
+		r, err := n.do(opUpdate, "kv/x", `{"value":"`+want+`"}`)
+		if err != nil || r.Index == 0 {
+			t.Fatalf("write %d: %+v, %v", i, r, err)
+		}
+		got, err := n.do(opRead, "kv/x", "")
+		if err != nil || field(got, "value") != want || got.Node != "n2" || got.Index < r.Index {
+			t.Fatalf("read %d: %v at %+v, %v", i, field(got, "value"), got, err)
+		}
+	}
+}
+
+func TestTheAnswerOfAForwardedWriteWaitsForThisNodesInstance(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	n := c.nodes[2]
+	n.setBehind(true)
+	wrote := async(func() (*Response, error) { return n.do(opUpdate, "kv/x", `{"value":"1"}`) })
+	eventually(t, "the leader has it", func() bool { r, _ := c.nodes[0].do(opRead, "kv/x", ""); return field(r, "value") == "1" })
+	select {
+	case r := <-wrote:
+		t.Fatalf("answered before the node had applied it: %+v", r)
+	case <-time.After(20 * time.Millisecond):
+	}
+	n.setBehind(false)
+	if r := <-wrote; r.err != nil {
+		t.Fatal(r.err)
+	}
+	if r, err := n.do(opRead, "kv/x", ""); err != nil || field(r, "value") != "1" {
+		t.Fatalf("%v, %v", r, err)
+	}
+}
+
+func TestAReadThatWantsToWriteFallsBackToTheLeader(t *testing.T) {
+	c, _, fakes := three(t, nil, nil)
+	r, err := c.nodes[1].do(opRead, "kv/wants-write", "")
+	if err != nil || r.Node != "n1" || fakes[0].calls.Load() != 1 || fakes[1].calls.Load() != 1 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if rt := c.nodes[1].router.lookup("uuid-kv/"); rt.run.Load().refs.n.Load() != 0 {
+		t.Fatal("the follower still holds a reference")
+	}
+}
+
+func TestAReadThatMakesASecretMovesTheMountsReadsToTheLeader(t *testing.T) {
+	var granted, told atomic.Int64
+	c, _, fakes := three(t, nil, func(cfg *Config) {
+		cfg.Leases = grants(func(r *Response) { granted.Add(1); r.Plugin.Secret.LeaseId = "kv/cred/1" })
+		cfg.LeaderOnly = func(*commandv1.Mount) { told.Add(1) }
+	})
+	r, err := c.nodes[1].do(opRead, "kv/cred", "")
+	if err != nil || r.Node != "n2" || r.Plugin.GetSecret().GetLeaseId() != "kv/cred/1" || granted.Load() != 1 {
+		t.Fatalf("the first: %+v, %v", r, err)
+	}
+	eventually(t, "the callback", func() bool { return told.Load() == 1 })
+	r, err = c.nodes[1].do(opRead, "kv/cred", "")
+	if err != nil || r.Node != "n1" || fakes[1].calls.Load() != 1 {
+		t.Fatalf("the second: %+v, %v", r, err)
+	}
+}
+
+type grants func(*Response)
+
+func (g grants) Grant(_ context.Context, _ *commandv1.Mount, _ *Request, r *Response) error {
+	g(r)
+	return nil
+}
+
+func TestLeaderOnlyMountsReadOnTheLeader(t *testing.T) {
+	c, _, _ := three(t, &commandv1.MountConfig{LeaderOnly: true}, nil)
+	r, err := c.nodes[2].do(opRead, "kv/whoami", "")
+	if err != nil || field(r, "name") != "n1" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	found, has, err := c.nodes[2].router.Exists(t.Context(), &Request{Path: "kv/nope", Operation: opUpdate})
+	if err != nil || found || !has {
+		t.Fatalf("existence through the leader: %v, %v, %v", found, has, err)
+	}
+	if _, err := c.nodes[0].do(opUpdate, "kv/nope", `{"value":"1"}`); err != nil {
+		t.Fatal(err)
+	}
+	found, has, err = c.nodes[2].router.Exists(t.Context(), &Request{Path: "kv/nope", Operation: opUpdate})
+	if err != nil || !found || !has {
+		t.Fatalf("existence through the leader: %v, %v, %v", found, has, err)
+	}
+}
+
+func TestNoForwardKeepsTheRequestHere(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	_, err := c.nodes[1].router.Handle(t.Context(), &Request{Path: "kv/x", Operation: opUpdate, NoForward: true})
+	wantKind(t, err, fault.NotLeader)
+	if r, err := c.nodes[1].router.Handle(t.Context(), &Request{Path: "kv/whoami", Operation: opRead, NoForward: true}); err != nil || r.Node != "n2" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestLargeBodiesTravelInChunksBothWays(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	for _, size := range []int{chunk - 40, chunk, 3*chunk + 1, 20 << 20} {
+		body, err := json.Marshal(map[string]string{"value": string(bytes.Repeat([]byte("x"), size))})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := c.nodes[1].do(opUpdate, "kv/echo", string(body))
+		if err != nil || r.Plugin.GetData() != string(body) {
+			t.Fatalf("%d bytes: %v", size, err)
+		}
+	}
+	_, err := c.nodes[1].do(opUpdate, "kv/echo", string(make([]byte, 32<<20+1)))
+	wantKind(t, err, fault.TooLarge)
+}
+
+func TestFaultsKeepTheirKindAndTextAcrossAForward(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	for path, want := range map[string]struct {
+		kind fault.Kind
+		text string
+		code int
+	}{
+		"error":   {fault.Invalid, "no good", 0},
+		"invalid": {fault.Invalid, "no good", 0},
+		"teapot":  {fault.Internal, "short and stout", 418},
+		"broken":  {fault.Internal, "1 error occurred", 0},
+	} {
+		for _, n := range c.nodes[:2] {
+			r, err := n.do(opUpdate, "kv/"+path, "{}")
+			e, ok := err.(*fault.Error)
+			if !ok || e.Kind != want.kind || e.Error() != want.text || e.Code != want.code {
+				t.Errorf("%s on %s: %#v", path, n.id, err)
+			}
+			if r == nil || r.Node != "n1" || r.Generation == 0 || r.Plugin != nil {
+				t.Errorf("%s on %s: %+v", path, n.id, r)
+			}
+		}
+	}
+}
+
+func TestAWriteWaitsForTheEndOfAnElection(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	c.elect("")
+	wrote := async(func() (*Response, error) { return c.nodes[1].do(opUpdate, "kv/x", `{"value":"1"}`) })
+	select {
+	case r := <-wrote:
+		t.Fatalf("answered without a leader: %+v", r)
+	case <-time.After(30 * time.Millisecond):
+	}
+	c.elect("n3")
+	if err := c.nodes[2].router.Assume(t.Context(), m.GetUuid(), c.nodes[2].Role()); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-wrote; r.err != nil || r.resp.Node != "n3" {
+		t.Fatalf("%+v", r)
+	}
+}
+
+func TestAWriteThatReachesTheNewLeaderBeforeItsTakeOverWaitsThere(t *testing.T) {
+	c, m, fakes := three(t, nil, nil)
+	c.elect("n2")
+	wrote := async(func() (*Response, error) { return c.nodes[2].do(opUpdate, "kv/x", `{"value":"1"}`) })
+	here := async(func() (*Response, error) { return c.nodes[1].do(opUpdate, "kv/y", `{"value":"1"}`) })
+	rt := c.nodes[1].router.route(m.GetUuid())
+	eventually(t, "both wait", func() bool { rt.gate.mu.Lock(); defer rt.gate.mu.Unlock(); return rt.gate.waiting == 2 })
+	if err := c.nodes[1].router.Assume(t.Context(), m.GetUuid(), c.nodes[1].Role()); err != nil {
+		t.Fatal(err)
+	}
+	for _, ch := range []<-chan result{wrote, here} {
+		if r := <-ch; r.err != nil || r.resp.Node != "n2" {
+			t.Fatalf("%+v", r)
+		}
+	}
+	if fakes[1].setups() != 2 {
+		t.Fatalf("%d setups: the instance has to learn its role", fakes[1].setups())
+	}
+	if got := fakes[1].setup.System.ReplicationState; got != supervisor.ReplicationActive {
+		t.Fatalf("replication state %d", got)
+	}
+	if err := c.nodes[0].router.Assume(t.Context(), m.GetUuid(), Role{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := fakes[0].setup.System.ReplicationState; got != supervisor.ReplicationStandby {
+		t.Fatalf("replication state %d", got)
+	}
+	if r, err := c.nodes[0].do(opUpdate, "kv/x", `{"value":"2"}`); err != nil || r.Node != "n2" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestTheSameLeadersNextTermNeedsNoSetup(t *testing.T) {
+	c, m, fakes := three(t, nil, nil)
+	c.elect("n1")
+	if err := c.nodes[0].router.Assume(t.Context(), m.GetUuid(), c.nodes[0].Role()); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := c.nodes[1].do(opUpdate, "kv/x", `{"value":"2"}`); err != nil || r.Node != "n1" || fakes[0].setups() != 1 {
+		t.Fatalf("%+v, %v, %d setups", r, err, fakes[0].setups())
+	}
+}
+
+// The counter's writers go to every node while leadership moves around: nothing acknowledged may be lost, and what is not
+// acknowledged must say that its outcome is unknown.
+func TestNoUpdateIsLostWhileLeadershipMoves(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	var acked, unknown, other atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for i := range 6 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				switch _, err := c.nodes[i%3].do(opUpdate, "kv/count/hot", "{}"); {
+				case err == nil:
+					acked.Add(1)
+				case fault.Is(err, fault.OutcomeUnknown):
+					unknown.Add(1)
+				default:
+					other.Add(1)
+					t.Logf("%v: %v", fault.KindOf(err), err)
+				}
+			}
+		})
+	}
+	leads := 0
+	for i := range 60 {
+		next := (leads + 1 + i%2) % 3
+		c.elect(c.nodes[next].id)
+		if err := c.nodes[next].router.Assume(t.Context(), m.GetUuid(), c.nodes[next].Role()); err != nil {
+			t.Fatal(err)
+		}
+		if next != leads {
+			if err := c.nodes[leads].router.Assume(t.Context(), m.GetUuid(), Role{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		leads = next
+		was := acked.Load()
+		eventually(t, "writes go on", func() bool { return acked.Load() > was+20 })
+	}
+	close(stop)
+	wg.Wait()
+	var have int64
+	if _, err := fmt.Sscan(string(c.nodes[0].fsm.View().StorageGet(m.GetUuid(), "count/hot").GetValue()), &have); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d acknowledged, %d unknown, the counter says %d", acked.Load(), unknown.Load(), have)
+	if have < acked.Load() || have > acked.Load()+unknown.Load() || other.Load() > 0 {
+		t.Fatalf("%d acknowledged, %d unknown, %d others, the counter says %d", acked.Load(), unknown.Load(), other.Load(), have)
+	}
+}
+
+func TestAFollowerForwardsReadsUntilTheLeaderHasTakenOver(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	m = c.commit(m)
+	f := newFake("n2 new")
+	done := make(chan *Switched, 1)
+	go func() { done <- c.nodes[1].up(t, m, f) }()
+	eventually(t, "reads go to the leader", func() bool {
+		r, err := c.nodes[1].do(opRead, "kv/whoami", "")
+		return err == nil && field(r, "name") == "n1"
+	})
+	if f.setups() != 0 {
+		t.Fatal("set up before the leader took over")
+	}
+	c.nodes[0].up(t, m, newFake("n1 new"))
+	s := <-done
+	if s.HoldFor != 0 || s.Traffic.GetHeld() != 0 {
+		t.Fatalf("a follower held requests: %+v", s)
+	}
+	r, err := c.nodes[1].do(opRead, "kv/whoami", "")
+	if err != nil || field(r, "name") != "n2 new" || r.Generation != m.GetWanted().GetGeneration() {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestAFollowersOwnOverrideIsSwitchedWithoutTheLeader(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	m = c.commit(m)
+	s, err := c.nodes[1].router.Switch(t.Context(), m, SwitchPlan{Wanted: m.GetWanted(), Backend: newFake("own")})
+	if err != nil || s.Old == nil {
+		t.Fatal(err)
+	}
+	r, err := c.nodes[1].do(opRead, "kv/whoami", "")
+	if err != nil || field(r, "name") != "own" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestAFollowersInstanceIsToldOfWhatChangedWhileItWasSetUp(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	f := newFake("late")
+	f.onInit = func(ctx context.Context, st supervisor.Storage) error {
+		if _, err := st.Get(ctx, "x"); err != nil {
+			return err
+		}
+		_, err := c.nodes[0].do(opUpdate, "kv/x", `{"value":"meanwhile"}`)
+		return err
+	}
+	c.nodes[1].up(t, m, f)
+	if got := f.invalidated(); len(got) != 1 || got[0] != "x" {
+		t.Fatalf("told of %v", got)
+	}
+}
+
+func TestAnOverflowingQueueSetsTheInstanceUpAgain(t *testing.T) {
+	c, m, fakes := three(t, nil, func(cfg *Config) { cfg.QueueKeys = 8 })
+	stuck, goOn := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	fakes[1].mu.Lock()
+	fakes[1].gate = func(string) error {
+		once.Do(func() { close(stuck) })
+		<-goOn
+		return nil
+	}
+	fakes[1].mu.Unlock()
+	for i := range 20 {
+		if _, err := c.nodes[0].do(opUpdate, fmt.Sprintf("kv/k%d", i), `{"value":"1"}`); err != nil {
+			t.Fatal(err)
+		}
+		if i == 0 {
+			<-stuck
+		}
+	}
+	close(goOn)
+	eventually(t, "the instance is set up again", func() bool { return fakes[1].setups() == 2 })
+	eventually(t, "it serves", func() bool { _, ready := c.nodes[1].router.Running(m.GetUuid()); return ready })
+	if r, err := c.nodes[1].do(opUpdate, "kv/k1", `{"value":"2"}`); err != nil {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	if r, err := c.nodes[1].do(opRead, "kv/k1", ""); err != nil || r.Node != "n2" || field(r, "value") != "2" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestARestoredSnapshotSetsFollowersUpAgain(t *testing.T) {
+	c, _, fakes := three(t, nil, nil)
+	c.nodes[1].router.Restored(c.nodes[1].fsm.Index())
+	eventually(t, "the instance is set up again", func() bool { return fakes[1].setups() == 2 })
+	if fakes[0].setups() != 1 || fakes[2].setups() != 1 {
+		t.Fatal("others were, too")
+	}
+}
+
+func TestAnInstanceThatCannotBeSetUpAgainIsReportedBroken(t *testing.T) {
+	broken := make(chan string, 1)
+	c, m, fakes := three(t, nil, func(cfg *Config) {
+		cfg.Broken = func(uuid string, err error) {
+			select {
+			case broken <- uuid + " " + fault.KindOf(err).String():
+			default:
+			}
+		}
+	})
+	refuse := error(fault.Text(fault.Refused, "only once"))
+	fakes[1].setupErr.Store(&refuse)
+	c.nodes[1].router.Restored(c.nodes[1].fsm.Index())
+	if got := <-broken; got != m.GetUuid()+" refused" {
+		t.Fatalf("told %q", got)
+	}
+	if r, err := c.nodes[1].do(opRead, "kv/whoami", ""); err != nil || r.Node != "n1" {
+		t.Fatalf("meanwhile: %+v, %v", r, err)
+	}
+	fakes[1].setupErr.Store(nil)
+	eventually(t, "it serves again", func() bool { r, err := c.nodes[1].do(opRead, "kv/whoami", ""); return err == nil && r.Node == "n2" })
+}
+
+func TestAFencedNodeAdmitsNothingAndReleasesNothing(t *testing.T) {
+	c, _, fakes := three(t, nil, nil)
+	slow := async(func() (*Response, error) { return c.nodes[1].do(opRead, "kv/slow", "") })
+	write := async(func() (*Response, error) { return c.nodes[1].do(opUpdate, "kv/slow", "{}") })
+	<-fakes[1].enter
+	<-fakes[0].enter
+	c.nodes[1].fenced.Store(true)
+	before := fakes[1].calls.Load()
+	for _, op := range []string{opRead, opUpdate} {
+		_, err := c.nodes[1].do(op, "kv/whoami", "{}")
+		wantKind(t, err, fault.Fenced)
+	}
+	if fakes[1].calls.Load() != before || fakes[0].calls.Load() != 1 {
+		t.Fatal("a fenced node asked a plugin")
+	}
+	close(fakes[1].leave)
+	close(fakes[0].leave)
+	r := <-slow
+	wantKind(t, r.err, fault.Fenced)
+	if r.resp.Plugin != nil {
+		t.Fatal("released")
+	}
+	r = <-write
+	wantKind(t, r.err, fault.OutcomeUnknown)
+	if r.resp.Plugin != nil {
+		t.Fatal("released")
+	}
+}
+
+func TestAMountWithoutFencingAnswersWithoutALease(t *testing.T) {
+	c, _, _ := three(t, &commandv1.MountConfig{Fencing: "none"}, nil)
+	c.nodes[1].fenced.Store(true)
+	if r, err := c.nodes[1].do(opRead, "kv/whoami", ""); err != nil || r.Node != "n2" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestACrashRetriesReadsOnTheNextInstanceAndLeavesWritesUnknown(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.nodes[0]
+	m := c.mount("kv/", nil)
+	a, b := newFake("a"), newFake("b")
+	close(b.leave)
+	n.up(t, m, a)
+	read := async(func() (*Response, error) { return n.do(opRead, "kv/slow", "") })
+	write := async(func() (*Response, error) { return n.do(opUpdate, "kv/slow", "{}") })
+	<-a.enter
+	<-a.enter
+	a.die()
+	n.router.Suspend(m.GetUuid(), fault.Text(fault.Unavailable, "the process was killed"))
+	wantKind(t, (<-write).err, fault.OutcomeUnknown)
+	newcomer := async(func() (*Response, error) { return n.do(opUpdate, "kv/whoami", "{}") })
+	select {
+	case r := <-read:
+		t.Fatalf("the read did not wait: %+v", r)
+	case r := <-newcomer:
+		t.Fatalf("the new request did not wait: %+v", r)
+	case <-time.After(20 * time.Millisecond):
+	}
+	n.up(t, m, b)
+	for _, ch := range []<-chan result{read, newcomer} {
+		if r := <-ch; r.err != nil || field(r.resp, "name") != "b" {
+			t.Fatalf("%+v", r)
+		}
+	}
+	if tr := n.router.Traffic(m.GetUuid()); tr.GetCrashes() != 1 || tr.GetWrites().GetFailed() != 1 {
+		t.Fatalf("%v", tr)
+	}
+}
+
+func TestRequestsThatFindTheProcessGoneWaitForTheNext(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.nodes[0]
+	m := c.mount("kv/", nil)
+	a := newFake("a")
+	n.up(t, m, a)
+	a.die() // and nobody has told the router yet
+	write := async(func() (*Response, error) { return n.do(opUpdate, "kv/whoami", "{}") })
+	select {
+	case r := <-write:
+		t.Fatalf("%+v", r)
+	case <-time.After(20 * time.Millisecond):
+	}
+	n.router.Suspend(m.GetUuid(), fault.Text(fault.Unavailable, "the process was killed"))
+	n.up(t, m, newFake("b"))
+	if r := <-write; r.err != nil || field(r.resp, "name") != "b" {
+		t.Fatalf("%+v", r)
+	}
+}
+
+func TestWhileAFollowersProcessIsDownItsReadsGoToTheLeader(t *testing.T) {
+	c, m, fakes := three(t, nil, nil)
+	fakes[1].die()
+	c.nodes[1].router.Suspend(m.GetUuid(), fault.Text(fault.Unavailable, "killed"))
+	if r, err := c.nodes[1].do(opRead, "kv/whoami", ""); err != nil || r.Node != "n1" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+}
+
+func TestTheGateBoundsThoseWhoWaitInNumberAndTime(t *testing.T) {
+	c := newCluster(t, 1, func(cfg *Config) { cfg.MaxWaiting, cfg.GateWait = 3, 200*time.Millisecond })
+	n := c.nodes[0]
+	m := c.mount("kv/", nil)
+	var waits []<-chan result
+	for range 3 {
+		waits = append(waits, async(func() (*Response, error) { return n.do(opRead, "kv/whoami", "") }))
+	}
+	rt := n.router.route(m.GetUuid())
+	eventually(t, "three wait", func() bool { rt.gate.mu.Lock(); defer rt.gate.mu.Unlock(); return rt.gate.waiting == 3 })
+	from := time.Now()
+	_, err := n.do(opRead, "kv/whoami", "")
+	wantKind(t, err, fault.Unavailable)
+	if took := time.Since(from); took > 100*time.Millisecond {
+		t.Fatalf("the fourth waited %v", took)
+	}
+	for _, w := range waits {
+		wantKind(t, (<-w).err, fault.Unavailable)
+	}
+	rt.gate.mu.Lock()
+	defer rt.gate.mu.Unlock()
+	if rt.gate.waiting != 0 {
+		t.Fatalf("%d still counted", rt.gate.waiting)
+	}
+}
+
+func TestAnAnswerOvertakenByAReloadIsNotReleased(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	n := c.nodes[1]
+	old := m.GetWanted().GetGeneration()
+	m = c.commit(m)
+	rt := n.router.route(m.GetUuid())
+	p := &passage{r: n.router, rt: rt, m: m, req: &Request{Operation: opUpdate}}
+	if err, _ := p.fresh(&Response{Generation: old}); err != nil {
+		t.Fatalf("before the TakeOver: %v", err)
+	}
+	c.nodes[0].up(t, m, newFake("n1 new"))
+	if err, _ := p.fresh(&Response{Generation: old}); err != nil {
+		t.Fatalf("a write, while the reload runs: %v", err)
+	}
+	p.req = &Request{Operation: opRead}
+	if err, more := p.fresh(&Response{Generation: old}); !fault.Is(err, fault.Unavailable) || !more {
+		t.Fatalf("a read: %v, %v", err, more)
+	}
+	p.req = &Request{Operation: opUpdate}
+	n.up(t, m, newFake("n2 new"))
+	if err, more := p.fresh(&Response{Generation: old}); !fault.Is(err, fault.OutcomeUnknown) || more {
+		t.Fatalf("a write, after this node was switched: %v, %v", err, more)
+	}
+	c.finish(m)
+	p.rt = c.nodes[2].router.route(m.GetUuid())
+	p.r = c.nodes[2].router
+	if err, more := p.fresh(&Response{Generation: old}); !fault.Is(err, fault.OutcomeUnknown) || more {
+		t.Fatalf("a write, after the reload was done: %v, %v", err, more)
+	}
+	if err, _ := p.fresh(&Response{Generation: m.GetWanted().GetGeneration()}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestAConnectionThatBreaksUnderAWriteLeavesItsOutcomeUnknownAndAReadIsRetried(t *testing.T) {
+	c, _, fakes := three(t, &commandv1.MountConfig{LeaderOnly: true}, nil)
+	write := async(func() (*Response, error) { return c.nodes[1].do(opUpdate, "kv/slow", "{}") })
+	read := async(func() (*Response, error) { return c.nodes[2].do(opRead, "kv/slow", "{}") })
+	<-fakes[0].enter
+	<-fakes[0].enter
+	// The leader's server goes, and its requests with it.
+	c.nodes[0].server.Stop()
+	c.elect("n2")
+	wantKind(t, (<-write).err, fault.OutcomeUnknown)
+	close(fakes[1].leave)
+	if err := c.nodes[1].router.Assume(t.Context(), "uuid-kv/", c.nodes[1].Role()); err != nil {
+		t.Fatal(err)
+	}
+	if r := <-read; r.err != nil || r.resp.Node != "n2" {
+		t.Fatalf("%+v", r)
+	}
+}
+
+func TestRenewAndRevokeReachThePluginWithTheirSecret(t *testing.T) {
+	c, _, fakes := three(t, nil, nil)
+	s := &pluginpb.Secret{InternalData: `{"user":"u"}`}
+	if _, err := c.nodes[0].router.Handle(t.Context(), &Request{Path: "kv/ping", Operation: opRevoke, Secret: s}); err != nil {
+		t.Fatal(err)
+	}
+	if fakes[0].last.GetSecret() != s || fakes[0].last.GetOperation() != opRevoke {
+		t.Fatalf("%v", fakes[0].last)
+	}
+	_, err := c.nodes[1].router.Handle(t.Context(), &Request{Path: "kv/ping", Operation: opRevoke, Secret: s})
+	wantKind(t, err, fault.NotLeader)
+}

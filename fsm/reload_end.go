@@ -129,7 +129,10 @@ func (e *entry) nextQueued() *commandv1.Reload {
 		if r.GetPhase() != commandv1.Phase_PHASE_QUEUED {
 			return true
 		}
-		free := !slices.ContainsFunc(r.GetTargets(), func(t *commandv1.Target) bool { return taken[t.GetMountUuid()] })
+		// A mount that is gone is nothing to wait for.
+		free := !slices.ContainsFunc(r.GetTargets(), func(t *commandv1.Target) bool {
+			return taken[t.GetMountUuid()] && get(&e.mounts, t.GetMountUuid()) != nil
+		})
 		if free {
 			next = r
 			return false
@@ -268,6 +271,7 @@ func (e *entry) mountGone(uuid string) {
 		}
 		e.decide(r)
 	}
+	e.promote()
 }
 
 func allUnmounted(r *commandv1.Reload) bool {

@@ -88,12 +88,9 @@ func (b *Backend) Setup(ctx context.Context, s Setup) error {
 	}
 	host := newHostServer(s, b.process.s.cfg.HostVersion)
 	brokerID := b.process.broker.NextId()
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		b.process.broker.AcceptAndServe(brokerID, host.serve)
-	}()
-	host.served = served
+	if !b.process.track(func() { b.process.broker.AcceptAndServe(brokerID, host.serve) }) {
+		return fault.New(fault.Refused, op, b.process.spec.String(), "the plugin process %s", b.process.Exit())
+	}
 
 	b.mu.Lock()
 	b.host = host
@@ -122,7 +119,7 @@ func (b *Backend) Initialize(ctx context.Context) error {
 	host := b.host
 	b.mu.Unlock()
 	if host != nil {
-		host.writable.Store(true)
+		host.storage.writable.Store(true)
 	}
 	reply, err := b.client.Initialize(to(ctx, b.id), &pluginpb.InitializeArgs{})
 	if status.Code(err) == codes.Unimplemented {
@@ -143,7 +140,7 @@ func (p *Process) refusal(ctx context.Context, op string, err error) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return fault.New(fault.Canceled, op, p.spec.String(), "the caller gave up")
 	}
-	if ctx.Err() != nil {
+	if ended(ctx) != nil {
 		return fault.New(fault.Refused, op, p.spec.String(), "the plugin did not return in the time it has%s", lastLine(p.run.stderr.last()))
 	}
 	cause := p.callError(ctx, op, err, false)
@@ -210,6 +207,10 @@ func (b *Backend) HandleRequest(ctx context.Context, req *pluginpb.Request) (*pl
 		grpc.MaxCallRecvMsgSize(b.process.s.cfg.MaxReply))
 	if err != nil {
 		return nil, b.process.callError(ctx, op, err, went.Load())
+	}
+	if e := reply.GetErr(); e != nil && ended(ctx) != nil && strings.HasPrefix(e.GetErrMsg(), "context ") {
+		// The plugin noticed first that the time was up.
+		return nil, b.process.callError(ctx, op, errors.New(e.GetErrMsg()), true)
 	}
 	return reply.GetResponse(), pluginError(reply.GetErr())
 }
@@ -314,8 +315,12 @@ func (b *Backend) dropHost() {
 	host := b.host
 	b.host = nil
 	b.mu.Unlock()
-	if host != nil {
-		host.stop()
+	if host == nil {
+		return
+	}
+	release := host.stop()
+	if !b.process.track(release) {
+		release() // the process has ended: there is nobody to wait for
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/stats"
@@ -109,11 +110,22 @@ func (sentHandler) HandleRPC(ctx context.Context, s stats.RPCStats) {
 	}
 }
 
+// ended is ctx.Err, and already so when the deadline is about to pass: the plugin's side of gRPC counts it too, and may be first.
+func ended(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if at, ok := ctx.Deadline(); ok && time.Until(at) < 20*time.Millisecond {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
+
 // callError classifies an error of the call itself: the plugin's code said nothing.
 func (p *Process) callError(ctx context.Context, op string, err error, went bool) error {
-	if cerr := ctx.Err(); cerr != nil {
+	if cerr := ended(ctx); cerr != nil {
 		return &fault.Error{Kind: fault.KindOf(cerr), Op: op, Subject: p.spec.String(), Text: "given up while the plugin worked on it: " +
-			context.Cause(ctx).Error(), Err: cerr}
+			cerr.Error(), Err: cerr}
 	}
 	text := trimmed(status.Convert(err).Message())
 	f := &fault.Error{Kind: fault.Internal, Op: op, Subject: p.spec.String(), Text: text, Err: err}

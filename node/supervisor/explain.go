@@ -34,7 +34,7 @@ func (l *launch) explain(ctx, limit context.Context, err error) *StartError {
 	if !timedOut {
 		waitAWhile(r.reaped)
 	}
-	diedAlone := r.describe()
+	diedAlone := r.diedAlone()
 	r.kill()
 	<-r.reaped
 	cause := l.explainHandshake(r, err, timedOut, diedAlone)

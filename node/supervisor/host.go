@@ -85,12 +85,14 @@ type System struct {
 
 const defaultTTL = 768 * time.Hour
 
+// handshakeLimit bounds how long a plugin may take to connect to its storage once it has begun to.
+const handshakeLimit = 10 * time.Second
+
 // hostServer serves one instance what it asks of the host, from Setup to Cleanup.
 type hostServer struct {
-	storage  storageServer
-	system   systemServer
-	writable *atomic.Bool
-	served   chan struct{}
+	storage storageServer
+	system  systemServer
+	cut     context.CancelFunc
 
 	mu      sync.Mutex
 	server  *grpc.Server
@@ -98,15 +100,15 @@ type hostServer struct {
 }
 
 func newHostServer(s Setup, version string) *hostServer {
-	writable := &atomic.Bool{}
-	return &hostServer{
-		storage: storageServer{storage: s.Storage, writable: writable}, system: systemServer{sys: s.System, version: version}, writable: writable,
-	}
+	over, cut := context.WithCancel(context.Background())
+	h := &hostServer{system: systemServer{sys: s.System, version: version}, cut: cut}
+	h.storage.storage, h.storage.over = s.Storage, over
+	return h
 }
 
 // serve is called by go-plugin's broker when it listens.
 func (h *hostServer) serve(opts []grpc.ServerOption) *grpc.Server {
-	server := grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(maxStorageMessage))...)
+	server := grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(maxStorageMessage), grpc.ConnectionTimeout(handshakeLimit))...)
 	pluginpb.RegisterStorageServer(server, &h.storage)
 	pluginpb.RegisterSystemViewServer(server, &h.system)
 	pluginpb.RegisterEventsServer(server, eventsServer{})
@@ -120,22 +122,33 @@ func (h *hostServer) serve(opts []grpc.ServerOption) *grpc.Server {
 	return server
 }
 
-// stop ends the storage of the instance: what it still tries to write fails.
-func (h *hostServer) stop() {
+// stop ends the storage of the instance at once: what it still tries to write fails, and what is under way is cancelled. The
+// connection ends when release has returned, which may wait for a plugin that stopped in the middle of connecting.
+func (h *hostServer) stop() (release func()) {
+	h.cut()
 	h.mu.Lock()
 	h.stopped = true
 	server := h.server
 	h.mu.Unlock()
-	if server != nil {
-		server.Stop()
-		<-h.served
+	return func() {
+		if server != nil {
+			server.Stop()
+		}
 	}
 }
 
 type storageServer struct {
 	pluginpb.UnimplementedStorageServer
 	storage  Storage
-	writable *atomic.Bool
+	writable atomic.Bool
+	over     context.Context // ends with the instance
+}
+
+// bound makes ctx end with the instance.
+func (s *storageServer) bound(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(s.over, cancel)
+	return ctx, func() { stop(); cancel() }
 }
 
 // storageText is an error as a plugin gets it. The read-only error must be found in the text: plugins look for it.
@@ -152,6 +165,11 @@ func storageText(err error) string {
 
 // List is sorted whatever the storage says: OpenBao's SDK pages through it.
 func (s *storageServer) List(ctx context.Context, in *pluginpb.StorageListArgs) (*pluginpb.StorageListReply, error) {
+	if s.over.Err() != nil {
+		return &pluginpb.StorageListReply{Err: overText}, nil
+	}
+	ctx, done := s.bound(ctx)
+	defer done()
 	keys, err := s.storage.List(ctx, in.GetPrefix())
 	if err != nil {
 		return &pluginpb.StorageListReply{Err: storageText(err)}, nil
@@ -164,6 +182,11 @@ func (s *storageServer) List(ctx context.Context, in *pluginpb.StorageListArgs) 
 
 // Get answers no entry for no key.
 func (s *storageServer) Get(ctx context.Context, in *pluginpb.StorageGetArgs) (*pluginpb.StorageGetReply, error) {
+	if s.over.Err() != nil {
+		return &pluginpb.StorageGetReply{Err: overText}, nil
+	}
+	ctx, done := s.bound(ctx)
+	defer done()
 	e, err := s.storage.Get(ctx, in.GetKey())
 	if err != nil || e == nil {
 		return &pluginpb.StorageGetReply{Err: storageText(err)}, nil
@@ -176,9 +199,11 @@ func (s *storageServer) Put(ctx context.Context, in *pluginpb.StoragePutArgs) (*
 	if in.GetEntry() == nil {
 		return nil, status.Error(codes.InvalidArgument, "no entry")
 	}
-	if !s.writable.Load() {
-		return &pluginpb.StoragePutReply{Err: setupText}, nil
+	if text := s.refusesWrites(); text != "" {
+		return &pluginpb.StoragePutReply{Err: text}, nil
 	}
+	ctx, done := s.bound(ctx)
+	defer done()
 	e := in.GetEntry()
 	err := s.storage.Put(ctx, &Entry{Key: e.GetKey(), Value: e.GetValue(), SealWrap: e.GetSealWrap()})
 	return &pluginpb.StoragePutReply{Err: storageText(err)}, nil
@@ -186,13 +211,29 @@ func (s *storageServer) Put(ctx context.Context, in *pluginpb.StoragePutArgs) (*
 
 // Delete removes one key.
 func (s *storageServer) Delete(ctx context.Context, in *pluginpb.StorageDeleteArgs) (*pluginpb.StorageDeleteReply, error) {
-	if !s.writable.Load() {
-		return &pluginpb.StorageDeleteReply{Err: setupText}, nil
+	if text := s.refusesWrites(); text != "" {
+		return &pluginpb.StorageDeleteReply{Err: text}, nil
 	}
+	ctx, done := s.bound(ctx)
+	defer done()
 	return &pluginpb.StorageDeleteReply{Err: storageText(s.storage.Delete(ctx, in.GetKey()))}, nil
 }
 
-const setupText = "cannot write to storage during setup"
+func (s *storageServer) refusesWrites() string {
+	switch {
+	case s.over.Err() != nil:
+		return overText
+	case !s.writable.Load():
+		return setupText
+	default:
+		return ""
+	}
+}
+
+const (
+	setupText = "cannot write to storage during setup"
+	overText  = "the instance has been replaced: its storage is closed"
+)
 
 type systemServer struct {
 	pluginpb.UnimplementedSystemViewServer

@@ -47,6 +47,8 @@ type Process struct {
 	instances map[instance]struct{}
 	handed    int // instances ever made
 	closing   bool
+	ended     bool           // track takes no more
+	served    sync.WaitGroup // what this side does for instances
 
 	closed   sync.Once
 	released chan struct{} // the process has ended and everything of it on this side is given back
@@ -158,6 +160,17 @@ func (p *Process) add(i instance, op string) error {
 	return nil
 }
 
+// track runs f for an instance on a goroutine that the process waits for; false when it has ended.
+func (p *Process) track(f func()) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return false
+	}
+	p.served.Go(f)
+	return true
+}
+
 func (p *Process) forget(i instance) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -188,7 +201,11 @@ func (p *Process) watch() {
 		p.forget(i)
 	}
 	<-p.run.reaped
+	p.mu.Lock()
+	p.ended = true
+	p.mu.Unlock()
 	p.client.Kill() // nothing is left to kill: it gives back go-plugin's goroutines and files
+	p.served.Wait()
 	p.removeSockets()
 	p.report()
 }

@@ -211,6 +211,17 @@ func (r *run) describe() string {
 	return fmt.Sprintf("%s after %s", how, up)
 }
 
+// diedAlone is describe for a process that nobody ended; "" for others.
+func (r *run) diedAlone() string {
+	r.mu.Lock()
+	by := r.killedBy
+	r.mu.Unlock()
+	if by != "" {
+		return ""
+	}
+	return r.describe()
+}
+
 func (r *run) isReaped() bool {
 	select {
 	case <-r.reaped:

@@ -486,8 +486,8 @@ func TestYoungReloadIDsAreNeverForgotten(t *testing.T) {
 		if res := start(i); res.GetFaultKind() != "" {
 			t.Fatalf("%d: %s", i, res.GetFaultText())
 		}
-		if i%1000 == 0 {
-			w.play("drop")
+		if i%100 == 0 {
+			w.apply(w.parse("drop"))
 		}
 	}
 	if res := start(MaxReloadIDs); res.GetFaultKind() != "exhausted" {

@@ -248,7 +248,9 @@ func (r *Replica) join(facts []*peerv1.FactsResponse) (bool, error) {
 		tried[f.GetLeaderId()] = true
 		r.entrance.asked(f.GetLeaderId())
 		ctx, cancel := context.WithTimeout(r.ctx, r.cfg.leaseSpan()+2*r.cfg.rpcTimeout()) // a replaced disk waits for its old lease
-		err := r.askToJoin(ctx, f, mine)
+		// Only a Hello proves that we were ever a member: what is in our log so far may be a configuration that its
+		// leader could not commit.
+		err := r.askToJoin(ctx, f, r.entrance.clusterID())
 		cancel()
 		if err == nil {
 			return true, nil
@@ -343,32 +345,47 @@ func (r *Replica) sayHello() bool {
 		NodeId: r.NodeID(), Incarnation: r.Incarnation(), Name: r.cfg.Name, ApiAddress: r.cfg.APIAddress,
 		ClusterAddress: r.cfg.ClusterAddress, BuildVersion: r.cfg.BuildVersion, OsArch: runtime.GOOS + "/" + runtime.GOARCH,
 	}}}
+	introduce := false
 	for attempt := 0; r.ctx.Err() == nil; attempt++ {
-		err := r.tryHello(hello, attempt)
-		if err == nil {
-			return true
-		}
-		if fault.Is(err, fault.Stale) || fault.Is(err, fault.Denied) && attempt > 2 {
+		err := r.introduceSelf(introduce)
+		if fault.Is(err, fault.Denied) {
 			r.fail(fault.Wrap(err, "enter the cluster", r.cfg.Name))
 			return false
 		}
+		if err == nil {
+			if err = r.tryHello(hello); err == nil {
+				return true
+			}
+			if fault.Is(err, fault.Stale) {
+				r.fail(fault.Wrap(err, "enter the cluster", r.cfg.Name))
+				return false
+			}
+		}
+		// Denied: the leader does not know us, because we were removed, or because it was another leader that let us
+		// in and could not commit it. Without a leader: perhaps it does not reach us where we are now.
+		introduce = fault.Is(err, fault.Denied) || r.Role().LeaderAddress == ""
 		r.log.Info("not entered yet", "error", err)
 		pause(r.ctx, min(r.cfg.heartbeat()/4<<min(attempt, 4), 2*time.Second))
 	}
 	return false
 }
 
-func (r *Replica) tryHello(hello *commandv1.Command, attempt int) error {
-	if s := r.configured(); attempt > 0 && r.Role().LeaderAddress == "" || s != nil && string(s.Address) != r.cfg.ClusterAddress {
-		// No leader reaches us, or the configuration has our old address: a leader has to be told.
-		if _, leading := r.leads(); leading {
-			if err := r.moveSelf(); err != nil {
-				return err
-			}
-		} else if let, err := r.join(r.askFacts(r.ctx)); !let && err != nil {
-			return err
-		}
+// introduceSelf asks the leader to let us in (again), or to enter our new address, when that is needed.
+func (r *Replica) introduceSelf(always bool) error {
+	if s := r.configured(); s != nil && string(s.Address) == r.cfg.ClusterAddress && !always {
+		return nil
 	}
+	if _, leading := r.leads(); leading {
+		return r.moveSelf()
+	}
+	let, err := r.join(r.askFacts(r.ctx))
+	if let || err == nil {
+		return nil // without anybody to ask, the Hello may still find a leader
+	}
+	return err
+}
+
+func (r *Replica) tryHello(hello *commandv1.Command) error {
 	ctx, cancel := context.WithTimeout(r.ctx, r.cfg.LeaderWait)
 	defer cancel()
 	if _, leading := r.leads(); leading && r.led.Load() == nil {

@@ -153,7 +153,7 @@ func (m *member) tryStart() (err error) {
 			}
 			return id.Name, nil
 		},
-		Heartbeat: 150 * time.Millisecond, Lease: 900 * time.Millisecond, LeaderWait: 10 * time.Second, PromoteAfter: 300 * time.Millisecond,
+		Heartbeat: 250 * time.Millisecond, Lease: 1200 * time.Millisecond, LeaderWait: 10 * time.Second, PromoteAfter: 300 * time.Millisecond,
 		NoSync: true, Logger: logger, Metrics: prometheus.NewRegistry(), OnFatal: func(err error) { fatal <- err },
 	}
 	m.edit(&cfg)

@@ -252,7 +252,7 @@ func (b *testBackend) Handle(ctx context.Context, req *pluginpb.Request) (*plugi
 		return text(strings.Repeat("x", 4<<20))
 	case "flood":
 		line := strings.Repeat("noise ", 200) + "\n"
-		for range 5000 {
+		for range 1500 {
 			_, _ = io.WriteString(os.Stderr, line)
 		}
 		return text("done")

@@ -572,6 +572,7 @@ func TestARoleChangeDuringAReloadEndsWithTheNewLeaderAsTheOnlyWriter(t *testing.
 			s.start(startReload(id, &commandv1.Options{}))
 			<-moved
 			s.hook(nil, nil)
+			time.Sleep(2 * time.Millisecond) // everybody is in the middle of it
 			next := s.nodes[2]
 			s.set(func() {
 				if s.leader == next {
@@ -852,9 +853,7 @@ func TestReplayedHistoryStartsNoProcess(t *testing.T) {
 		}
 		n := s.nodes[0]
 		n.stop()
-		s.mu.Lock()
-		n.fsm, n.applied = fsm.New(), 0
-		s.mu.Unlock()
+		s.set(func() { n.fsm, n.applied, n.slowly = fsm.New(), 0, true })
 		n.start()
 		s.settle(kv)
 		if got := n.plugins.started(kv); got != 1 {
@@ -1026,4 +1025,56 @@ func TestACommittedMountThatCannotEvenStartAnswersNothingAfterTheGrace(t *testin
 		}
 		s.allRun(kv, "2")
 	})
+}
+
+func TestEveryPhaseHasADeadlineOfItsOwn(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 1)
+		defer s.stop()
+		n := s.nodes[0]
+		n.plugins.act(sha("2"), behaviour{multiplexes: true, startTook: 15 * time.Second})
+		go func() {
+			time.Sleep(14 * time.Second)
+			_, _ = n.routes.request(context.Background(), kv, 15*time.Second)
+		}()
+		s.start(startReload("r1", &commandv1.Options{PrepareMs: ms(20 * time.Second), RunMs: ms(time.Minute)}))
+		if rl := s.ended("r1"); rl.GetOutcome() != "succeeded" {
+			t.Errorf("outcome %q: %s", rl.GetOutcome(), s.describe())
+		}
+	})
+}
+
+func TestLeaderChangesCannotProlongAPhaseForEver(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		s.set(func() { s.nodes[2].cut = true })
+		s.start(startReload("r1", &commandv1.Options{PrepareMs: ms(60 * time.Second)}))
+		from := time.Now()
+		for i := 0; !terminal(s.reload("r1").GetPhase()); i++ {
+			if took := time.Since(from); took > 3*time.Minute {
+				t.Fatalf("still preparing after %v", took)
+			}
+			time.Sleep(5 * time.Second)
+			s.must(&commandv1.Command{Body: &commandv1.Command_Tick{Tick: &commandv1.Tick{}}})
+			if i%8 == 7 {
+				s.elect(s.nodes[(i/8+1)%2])
+			}
+		}
+	})
+}
+
+func TestReportsBeyondTheQueueAreRefusedUntilThereIsRoom(t *testing.T) {
+	ld := &leader{r: &Reloads{cfg: Config{QueueLimit: 2}}, wakes: make(chan struct{}, 1), batch: batch{}}
+	rep := &commandv1.Report{ReloadId: "r", Mounts: []*commandv1.MountReport{{MountUuid: "a"}, {MountUuid: "b"}}}
+	if err := ld.accept([]*commandv1.Report{rep}); err != nil {
+		t.Fatal(err)
+	}
+	if err := ld.accept([]*commandv1.Report{rep}); !fault.Is(err, fault.Exhausted) {
+		t.Errorf("a full queue answered %v", err)
+	}
+	ld.gather()
+	if err := ld.accept([]*commandv1.Report{rep}); err != nil {
+		t.Errorf("an emptied queue answered %v", err)
+	}
 }

@@ -61,6 +61,8 @@ type simNode struct {
 	// cut: neither entries nor calls come through. up: its Reloads runs.
 	cut, up   bool
 	leaseOver bool
+	// slowly: its next boot replays the log entry by entry, with time between them.
+	slowly bool
 	// fenced: it was cut off, and has no lease until it has converged.
 	fenced  bool
 	roles   chan struct{}
@@ -118,7 +120,9 @@ func (n *simNode) start() {
 	n.up, n.cut, n.leaseOver = true, false, false
 	n.plugins = newFakePlugins(n, n.plugins)
 	n.routes = newFakeRoutes(n)
-	n.sim.catchUp(n)
+	if !n.slowly {
+		n.sim.catchUp(n)
+	}
 	n.sim.mu.Unlock()
 	logger := slog.New(slog.NewTextHandler(io.Discard, nil))
 	if os.Getenv("SIM_LOG") != "" {
@@ -136,6 +140,10 @@ func (n *simNode) start() {
 	n.sim.mu.Unlock()
 	if err := r.Start(context.Background()); err != nil {
 		n.sim.t.Fatal(err)
+	}
+	for n.slowly {
+		time.Sleep(100 * time.Millisecond)
+		n.sim.set(func() { n.slowly = n.applyOne() })
 	}
 	n.sim.must(&commandv1.Command{Body: &commandv1.Command_Hello{Hello: &commandv1.Hello{
 		NodeId: n.id, Incarnation: n.incarnation, Name: "name-" + n.id, ApiAddress: n.id + ":8200",
@@ -248,12 +256,26 @@ func (s *sim) catchUp(n *simNode) (last *commandv1.Result) {
 	if n.cut || !n.up && n != s.leader {
 		return nil
 	}
-	for ; n.applied < len(s.log); n.applied++ {
-		last, _ = n.fsm.Apply(&raft.Log{
-			Index: uint64(n.applied + 1), Term: s.term, Type: raft.LogCommand, Data: s.log[n.applied],
-		}).(*commandv1.Result)
+	for n.applied < len(s.log) {
+		last = n.apply()
 	}
 	return last
+}
+
+func (n *simNode) apply() *commandv1.Result {
+	n.applied++
+	res, _ := n.fsm.Apply(&raft.Log{
+		Index: uint64(n.applied), Term: n.sim.term, Type: raft.LogCommand, Data: n.sim.log[n.applied-1],
+	}).(*commandv1.Result)
+	return res
+}
+
+// applyOne applies one entry of history, and reports whether there is more.
+func (n *simNode) applyOne() bool {
+	if n.applied < len(n.sim.log) {
+		n.apply()
+	}
+	return n.applied < len(n.sim.log)
 }
 
 // inspect checks what a node says against what is true at this moment: "switched" means that the old process is gone.

@@ -23,7 +23,9 @@ func HashToken(clusterID, token string) []byte {
 func (e *entry) dispatchAccess(cmd *commandv1.Command) error {
 	switch b := cmd.GetBody().(type) {
 	case *commandv1.Command_PutToken:
-		return e.enterToken(b.PutToken.GetToken())
+		return e.enterToken(b.PutToken)
+	case *commandv1.Command_UseToken:
+		return e.useToken(b.UseToken.GetHash())
 	case *commandv1.Command_RevokeToken:
 		return e.revokeToken(b.RevokeToken)
 	case *commandv1.Command_PutPolicy:
@@ -35,7 +37,9 @@ func (e *entry) dispatchAccess(cmd *commandv1.Command) error {
 	case *commandv1.Command_DeleteNamespace:
 		return e.deleteNamespace(b.DeleteNamespace.GetPath())
 	case *commandv1.Command_PutLease:
-		return e.enterLease(b.PutLease.GetLease())
+		return e.enterLease(b.PutLease)
+	case *commandv1.Command_RevokeLeases:
+		return e.revokeLeases(b.RevokeLeases)
 	case *commandv1.Command_RemoveLease:
 		return e.removeLease(b.RemoveLease.GetId())
 	default:
@@ -53,6 +57,8 @@ func checkToken(t *commandv1.Token) error {
 		return invalid("a token needs an accessor")
 	case len(t.GetPolicies()) > maxList || len(t.GetMeta()) > maxList:
 		return invalid("a token has at most %d policies and metadata values", maxList)
+	case len(t.GetWrapped()) > maxSecret || len(t.GetAuth()) > maxSecret || len(t.GetBoundCidrs()) > maxList:
+		return fault.Text(fault.TooLarge, "what a token carries has at most %d bytes", maxSecret)
 	case !plain(t.GetDisplayName(), maxText) || !plain(t.GetPath(), maxText) || !plain(t.GetEntityId(), maxName):
 		return invalid("a token's names hold control characters or are too long")
 	}
@@ -80,7 +86,8 @@ func expiresAt(now, ttl, from, cap uint64) uint64 {
 // enterToken makes or replaces a token. The log's clock is known here alone, so created and expires are filled in here:
 // a new token expires its ttl from now; one that exists is renewed when it comes with expires 0, and else keeps the
 // expiry it had (num_uses counted down, say).
-func (e *entry) enterToken(t *commandv1.Token) error {
+func (e *entry) enterToken(c *commandv1.PutToken) error {
+	t := c.GetToken()
 	if err := checkToken(t); err != nil {
 		return err
 	}
@@ -91,6 +98,9 @@ func (e *entry) enterToken(t *commandv1.Token) error {
 	old := get(&e.tokens, h)
 	if owner := get(&e.accessors, t.GetAccessor()); owner != "" && owner != h {
 		return fault.Text(fault.Conflict, "a token with this accessor exists")
+	}
+	if c.GetMustExist() && !e.tokenLives(h) {
+		return fault.Text(fault.Denied, "the token is gone")
 	}
 	if old == nil && len(t.GetParent()) > 0 && get(&e.tokens, string(t.GetParent())) == nil {
 		return fault.Text(fault.Denied, "the parent token is gone")
@@ -112,6 +122,31 @@ func (e *entry) enterToken(t *commandv1.Token) error {
 	return nil
 }
 
+// tokenLives reports whether a token exists and has not expired on the log's clock.
+func (e *entry) tokenLives(h string) bool {
+	t := get(&e.tokens, h)
+	return t != nil && (t.GetExpiresClockNs() == 0 || t.GetExpiresClockNs() > e.clock)
+}
+
+// useToken counts a use. The last one leaves the token there, used up, for the caller to revoke once it is done.
+func (e *entry) useToken(hash []byte) error {
+	h := string(hash)
+	t := get(&e.tokens, h)
+	switch {
+	case !e.tokenLives(h) || t.GetNumUses() < 0:
+		return fault.Text(fault.Denied, "permission denied")
+	case t.GetNumUses() == 0:
+		return nil
+	}
+	t = clone(t)
+	if t.NumUses--; t.NumUses == 0 {
+		t.NumUses = -1
+	}
+	e.putToken(t)
+	e.res.Id = t.GetAccessor()
+	return nil
+}
+
 // revokeToken removes a token with everything that descends from it, or leaves its children as orphans. What they leased
 // is due at once: the plugin must be told, so the leases go with a RemoveLease each.
 func (e *entry) revokeToken(c *commandv1.RevokeToken) error {
@@ -119,7 +154,7 @@ func (e *entry) revokeToken(c *commandv1.RevokeToken) error {
 	if h == "" {
 		h = get(&e.accessors, c.GetAccessor())
 	}
-	if get(&e.tokens, h) == nil {
+	if get(&e.tokens, h) == nil || c.GetOnlyExpired() && e.tokenLives(h) {
 		e.res.Repeated = true
 		return nil
 	}
@@ -286,7 +321,8 @@ func (e *entry) deleteNamespace(p string) error {
 }
 
 // enterLease makes or renews a plugin's lease. As with tokens, the clock is filled in here.
-func (e *entry) enterLease(l *commandv1.Lease) error {
+func (e *entry) enterLease(c *commandv1.PutLease) error {
+	l := c.GetLease()
 	switch {
 	case l.GetId() == "" || !plain(l.GetId(), maxText):
 		return invalid("a lease needs an id")
@@ -298,6 +334,9 @@ func (e *entry) enterLease(l *commandv1.Lease) error {
 		return invalid("a token's hash has %d bytes", sha256.Size)
 	}
 	old := get(&e.leases, l.GetId())
+	if at := old.GetExpiresClockNs(); c.GetMustExist() && (old == nil || at != 0 && at <= e.clock) {
+		return invalid("lease not found or lease is not renewable")
+	}
 	if old == nil && len(l.GetTokenHash()) > 0 && get(&e.tokens, string(l.GetTokenHash())) == nil {
 		return fault.Text(fault.Denied, "the token that asked for lease %s is gone", l.GetId())
 	}
@@ -321,6 +360,41 @@ func (e *entry) enterLease(l *commandv1.Lease) error {
 	}
 	e.putLease(l)
 	e.res.Id = l.GetId()
+	return nil
+}
+
+// maxLeasesAtOnce bounds the work of one entry.
+const maxLeasesAtOnce = 10_000
+
+// revokeLeases makes leases due, or removes them where their plugins are not to be asked.
+func (e *entry) revokeLeases(c *commandv1.RevokeLeases) error {
+	var found []*commandv1.Lease
+	take := func(l *commandv1.Lease) bool {
+		if l != nil && (c.GetForce() || l.GetExpiresClockNs() == 0 || l.GetExpiresClockNs() > e.clock) {
+			found = append(found, l)
+		}
+		return len(found) < maxLeasesAtOnce
+	}
+	switch {
+	case c.GetId() != "":
+		take(get(&e.leases, c.GetId()))
+	case c.GetMountUuid() != "":
+		scanPrefix(&e.leaseMounts, key(c.GetMountUuid(), ""), func(_, id string) bool { return take(get(&e.leases, id)) })
+	case c.GetPrefix() != "":
+		scanPrefix(&e.leases, c.GetPrefix(), func(_ string, l *commandv1.Lease) bool { return take(l) })
+	default:
+		return invalid("revoking leases takes an id, a prefix or a mount")
+	}
+	for _, l := range found {
+		if c.GetForce() {
+			e.deleteLease(l)
+			continue
+		}
+		l = clone(l)
+		l.ExpiresClockNs = max(e.clock, 1)
+		e.putLease(l)
+	}
+	e.res.Repeated = len(found) == 0
 	return nil
 }
 

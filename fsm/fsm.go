@@ -158,6 +158,9 @@ func (e *entry) dispatch(cmd *commandv1.Command) error {
 	if e.clusterID == "" {
 		return fault.Text(fault.Unavailable, "the cluster is not initialised yet")
 	}
+	if h := cmd.GetByToken(); len(h) > 0 && !e.tokenLives(string(h)) {
+		return fault.Text(fault.Denied, "permission denied")
+	}
 	switch b := cmd.GetBody().(type) {
 	case *commandv1.Command_Tick:
 		return nil

@@ -203,6 +203,18 @@ func (e *entry) dropMount(m *commandv1.Mount) {
 	for _, l := range gone {
 		e.deleteLease(l)
 	}
+	if m.GetTable() == typeAuth { // what it let in goes with it
+		var tokens [][]byte
+		e.tokens.Scan(func(_ string, t *commandv1.Token) bool {
+			if t.GetMountUuid() == m.GetUuid() {
+				tokens = append(tokens, t.GetHash())
+			}
+			return true
+		})
+		for _, h := range tokens {
+			_ = e.revokeToken(&commandv1.RevokeToken{Hash: h}) // a token that exists is always revoked
+		}
+	}
 	e.mountGone(m.GetUuid())
 }
 

@@ -44,8 +44,18 @@ type Token struct {
 	CreatedWallMs    int64  `protobuf:"varint,15,opt,name=created_wall_ms,json=createdWallMs,proto3" json:"created_wall_ms,omitempty"`
 	Type             string `protobuf:"bytes,16,opt,name=type,proto3" json:"type,omitempty"`
 	EntityId         string `protobuf:"bytes,17,opt,name=entity_id,json=entityId,proto3" json:"entity_id,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The answer that a wrapping token stands for, sealed with a key that only the token itself gives. Such a token opens
+	// nothing else.
+	Wrapped []byte `protobuf:"bytes,18,opt,name=wrapped,proto3" json:"wrapped,omitempty"`
+	// Of a login: the plugin's Auth as it returned it (proto/plugin, protobuf), for renewal, and the mount that it came from.
+	Auth      []byte `protobuf:"bytes,19,opt,name=auth,proto3" json:"auth,omitempty"`
+	MountUuid string `protobuf:"bytes,20,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	// A periodic token is renewed to this without an end; 0 for none.
+	PeriodNs uint64 `protobuf:"varint,21,opt,name=period_ns,json=periodNs,proto3" json:"period_ns,omitempty"`
+	// Client addresses that the token is good from; empty for all.
+	BoundCidrs    []string `protobuf:"bytes,22,rep,name=bound_cidrs,json=boundCidrs,proto3" json:"bound_cidrs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Token) Reset() {
@@ -197,9 +207,46 @@ func (x *Token) GetEntityId() string {
 	return ""
 }
 
+func (x *Token) GetWrapped() []byte {
+	if x != nil {
+		return x.Wrapped
+	}
+	return nil
+}
+
+func (x *Token) GetAuth() []byte {
+	if x != nil {
+		return x.Auth
+	}
+	return nil
+}
+
+func (x *Token) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+func (x *Token) GetPeriodNs() uint64 {
+	if x != nil {
+		return x.PeriodNs
+	}
+	return 0
+}
+
+func (x *Token) GetBoundCidrs() []string {
+	if x != nil {
+		return x.BoundCidrs
+	}
+	return nil
+}
+
 type PutToken struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Token         *Token                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token *Token                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// Refused when the token is gone or has expired: a renewal must not bring a revoked token back.
+	MustExist     bool `protobuf:"varint,2,opt,name=must_exist,json=mustExist,proto3" json:"must_exist,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -241,6 +288,59 @@ func (x *PutToken) GetToken() *Token {
 	return nil
 }
 
+func (x *PutToken) GetMustExist() bool {
+	if x != nil {
+		return x.MustExist
+	}
+	return false
+}
+
+// UseToken counts one use of a token that has a number of them. num_uses goes down to -1, which means used up: then every
+// further use is refused.
+type UseToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Hash          []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UseToken) Reset() {
+	*x = UseToken{}
+	mi := &file_command_v1_access_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UseToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UseToken) ProtoMessage() {}
+
+func (x *UseToken) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_access_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UseToken.ProtoReflect.Descriptor instead.
+func (*UseToken) Descriptor() ([]byte, []int) {
+	return file_command_v1_access_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *UseToken) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
 type RevokeToken struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Hash  []byte                 `protobuf:"bytes,1,opt,name=hash,proto3" json:"hash,omitempty"`
@@ -248,13 +348,15 @@ type RevokeToken struct {
 	Accessor string `protobuf:"bytes,2,opt,name=accessor,proto3" json:"accessor,omitempty"`
 	// The children live on as orphans.
 	OrphanChildren bool `protobuf:"varint,3,opt,name=orphan_children,json=orphanChildren,proto3" json:"orphan_children,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Does nothing unless the token has expired: a renewal may have come first.
+	OnlyExpired   bool `protobuf:"varint,4,opt,name=only_expired,json=onlyExpired,proto3" json:"only_expired,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RevokeToken) Reset() {
 	*x = RevokeToken{}
-	mi := &file_command_v1_access_proto_msgTypes[2]
+	mi := &file_command_v1_access_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -266,7 +368,7 @@ func (x *RevokeToken) String() string {
 func (*RevokeToken) ProtoMessage() {}
 
 func (x *RevokeToken) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[2]
+	mi := &file_command_v1_access_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -279,7 +381,7 @@ func (x *RevokeToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeToken.ProtoReflect.Descriptor instead.
 func (*RevokeToken) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{2}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RevokeToken) GetHash() []byte {
@@ -303,6 +405,13 @@ func (x *RevokeToken) GetOrphanChildren() bool {
 	return false
 }
 
+func (x *RevokeToken) GetOnlyExpired() bool {
+	if x != nil {
+		return x.OnlyExpired
+	}
+	return false
+}
+
 type Policy struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -315,7 +424,7 @@ type Policy struct {
 
 func (x *Policy) Reset() {
 	*x = Policy{}
-	mi := &file_command_v1_access_proto_msgTypes[3]
+	mi := &file_command_v1_access_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -327,7 +436,7 @@ func (x *Policy) String() string {
 func (*Policy) ProtoMessage() {}
 
 func (x *Policy) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[3]
+	mi := &file_command_v1_access_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -340,7 +449,7 @@ func (x *Policy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Policy.ProtoReflect.Descriptor instead.
 func (*Policy) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{3}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Policy) GetName() string {
@@ -380,7 +489,7 @@ type PutPolicy struct {
 
 func (x *PutPolicy) Reset() {
 	*x = PutPolicy{}
-	mi := &file_command_v1_access_proto_msgTypes[4]
+	mi := &file_command_v1_access_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -392,7 +501,7 @@ func (x *PutPolicy) String() string {
 func (*PutPolicy) ProtoMessage() {}
 
 func (x *PutPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[4]
+	mi := &file_command_v1_access_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -405,7 +514,7 @@ func (x *PutPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutPolicy.ProtoReflect.Descriptor instead.
 func (*PutPolicy) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{4}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PutPolicy) GetPolicy() *Policy {
@@ -425,7 +534,7 @@ type DeletePolicy struct {
 
 func (x *DeletePolicy) Reset() {
 	*x = DeletePolicy{}
-	mi := &file_command_v1_access_proto_msgTypes[5]
+	mi := &file_command_v1_access_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -437,7 +546,7 @@ func (x *DeletePolicy) String() string {
 func (*DeletePolicy) ProtoMessage() {}
 
 func (x *DeletePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[5]
+	mi := &file_command_v1_access_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -450,7 +559,7 @@ func (x *DeletePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeletePolicy.ProtoReflect.Descriptor instead.
 func (*DeletePolicy) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{5}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DeletePolicy) GetName() string {
@@ -481,7 +590,7 @@ type Namespace struct {
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_command_v1_access_proto_msgTypes[6]
+	mi := &file_command_v1_access_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +602,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[6]
+	mi := &file_command_v1_access_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +615,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{6}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Namespace) GetUuid() string {
@@ -553,7 +662,7 @@ type PutNamespace struct {
 
 func (x *PutNamespace) Reset() {
 	*x = PutNamespace{}
-	mi := &file_command_v1_access_proto_msgTypes[7]
+	mi := &file_command_v1_access_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -565,7 +674,7 @@ func (x *PutNamespace) String() string {
 func (*PutNamespace) ProtoMessage() {}
 
 func (x *PutNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[7]
+	mi := &file_command_v1_access_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -578,7 +687,7 @@ func (x *PutNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutNamespace.ProtoReflect.Descriptor instead.
 func (*PutNamespace) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{7}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PutNamespace) GetNamespace() *Namespace {
@@ -597,7 +706,7 @@ type DeleteNamespace struct {
 
 func (x *DeleteNamespace) Reset() {
 	*x = DeleteNamespace{}
-	mi := &file_command_v1_access_proto_msgTypes[8]
+	mi := &file_command_v1_access_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +718,7 @@ func (x *DeleteNamespace) String() string {
 func (*DeleteNamespace) ProtoMessage() {}
 
 func (x *DeleteNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[8]
+	mi := &file_command_v1_access_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +731,7 @@ func (x *DeleteNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteNamespace.ProtoReflect.Descriptor instead.
 func (*DeleteNamespace) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{8}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DeleteNamespace) GetPath() string {
@@ -655,7 +764,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_command_v1_access_proto_msgTypes[9]
+	mi := &file_command_v1_access_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +776,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[9]
+	mi := &file_command_v1_access_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +789,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{9}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Lease) GetId() string {
@@ -775,15 +884,17 @@ func (x *Lease) GetIssuedWallMs() int64 {
 }
 
 type PutLease struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Lease *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	// Refused when the lease is gone or has expired: a renewal must not bring it back.
+	MustExist     bool `protobuf:"varint,2,opt,name=must_exist,json=mustExist,proto3" json:"must_exist,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PutLease) Reset() {
 	*x = PutLease{}
-	mi := &file_command_v1_access_proto_msgTypes[10]
+	mi := &file_command_v1_access_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +906,7 @@ func (x *PutLease) String() string {
 func (*PutLease) ProtoMessage() {}
 
 func (x *PutLease) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[10]
+	mi := &file_command_v1_access_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +919,7 @@ func (x *PutLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutLease.ProtoReflect.Descriptor instead.
 func (*PutLease) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{10}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PutLease) GetLease() *Lease {
@@ -816,6 +927,84 @@ func (x *PutLease) GetLease() *Lease {
 		return x.Lease
 	}
 	return nil
+}
+
+func (x *PutLease) GetMustExist() bool {
+	if x != nil {
+		return x.MustExist
+	}
+	return false
+}
+
+// RevokeLeases makes leases due now, for the leader to revoke through their plugins: the one with the id, or those whose
+// id begins with the prefix, or those of the mount. At most 10,000 in one entry; the proposer repeats until none is left.
+type RevokeLeases struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Prefix    string                 `protobuf:"bytes,2,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	MountUuid string                 `protobuf:"bytes,3,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	// Removes them at once, without their plugins.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeLeases) Reset() {
+	*x = RevokeLeases{}
+	mi := &file_command_v1_access_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeLeases) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeLeases) ProtoMessage() {}
+
+func (x *RevokeLeases) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_access_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeLeases.ProtoReflect.Descriptor instead.
+func (*RevokeLeases) Descriptor() ([]byte, []int) {
+	return file_command_v1_access_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RevokeLeases) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RevokeLeases) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *RevokeLeases) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+func (x *RevokeLeases) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type RemoveLease struct {
@@ -827,7 +1016,7 @@ type RemoveLease struct {
 
 func (x *RemoveLease) Reset() {
 	*x = RemoveLease{}
-	mi := &file_command_v1_access_proto_msgTypes[11]
+	mi := &file_command_v1_access_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -839,7 +1028,7 @@ func (x *RemoveLease) String() string {
 func (*RemoveLease) ProtoMessage() {}
 
 func (x *RemoveLease) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_access_proto_msgTypes[11]
+	mi := &file_command_v1_access_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -852,7 +1041,7 @@ func (x *RemoveLease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveLease.ProtoReflect.Descriptor instead.
 func (*RemoveLease) Descriptor() ([]byte, []int) {
-	return file_command_v1_access_proto_rawDescGZIP(), []int{11}
+	return file_command_v1_access_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RemoveLease) GetId() string {
@@ -866,7 +1055,7 @@ var File_command_v1_access_proto protoreflect.FileDescriptor
 
 const file_command_v1_access_proto_rawDesc = "" +
 	"\n" +
-	"\x17command/v1/access.proto\x12\x13rollcall.command.v1\"\xdf\x04\n" +
+	"\x17command/v1/access.proto\x12\x13rollcall.command.v1\"\xea\x05\n" +
 	"\x05Token\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x1a\n" +
 	"\baccessor\x18\x02 \x01(\tR\baccessor\x12\x1a\n" +
@@ -885,16 +1074,28 @@ const file_command_v1_access_proto_rawDesc = "" +
 	"\x10expires_clock_ns\x18\x0e \x01(\x04R\x0eexpiresClockNs\x12&\n" +
 	"\x0fcreated_wall_ms\x18\x0f \x01(\x03R\rcreatedWallMs\x12\x12\n" +
 	"\x04type\x18\x10 \x01(\tR\x04type\x12\x1b\n" +
-	"\tentity_id\x18\x11 \x01(\tR\bentityId\x1a7\n" +
+	"\tentity_id\x18\x11 \x01(\tR\bentityId\x12\x18\n" +
+	"\awrapped\x18\x12 \x01(\fR\awrapped\x12\x12\n" +
+	"\x04auth\x18\x13 \x01(\fR\x04auth\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x14 \x01(\tR\tmountUuid\x12\x1b\n" +
+	"\tperiod_ns\x18\x15 \x01(\x04R\bperiodNs\x12\x1f\n" +
+	"\vbound_cidrs\x18\x16 \x03(\tR\n" +
+	"boundCidrs\x1a7\n" +
 	"\tMetaEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"<\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
 	"\bPutToken\x120\n" +
-	"\x05token\x18\x01 \x01(\v2\x1a.rollcall.command.v1.TokenR\x05token\"f\n" +
+	"\x05token\x18\x01 \x01(\v2\x1a.rollcall.command.v1.TokenR\x05token\x12\x1d\n" +
+	"\n" +
+	"must_exist\x18\x02 \x01(\bR\tmustExist\"\x1e\n" +
+	"\bUseToken\x12\x12\n" +
+	"\x04hash\x18\x01 \x01(\fR\x04hash\"\x89\x01\n" +
 	"\vRevokeToken\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\x12\x1a\n" +
 	"\baccessor\x18\x02 \x01(\tR\baccessor\x12'\n" +
-	"\x0forphan_children\x18\x03 \x01(\bR\x0eorphanChildren\"d\n" +
+	"\x0forphan_children\x18\x03 \x01(\bR\x0eorphanChildren\x12!\n" +
+	"\fonly_expired\x18\x04 \x01(\bR\vonlyExpired\"d\n" +
 	"\x06Policy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -935,9 +1136,17 @@ const file_command_v1_access_proto_rawDesc = "" +
 	" \x01(\x04R\bmaxTtlNs\x12&\n" +
 	"\x0fissued_clock_ns\x18\v \x01(\x04R\rissuedClockNs\x12(\n" +
 	"\x10expires_clock_ns\x18\f \x01(\x04R\x0eexpiresClockNs\x12$\n" +
-	"\x0eissued_wall_ms\x18\r \x01(\x03R\fissuedWallMs\"<\n" +
+	"\x0eissued_wall_ms\x18\r \x01(\x03R\fissuedWallMs\"[\n" +
 	"\bPutLease\x120\n" +
-	"\x05lease\x18\x01 \x01(\v2\x1a.rollcall.command.v1.LeaseR\x05lease\"\x1d\n" +
+	"\x05lease\x18\x01 \x01(\v2\x1a.rollcall.command.v1.LeaseR\x05lease\x12\x1d\n" +
+	"\n" +
+	"must_exist\x18\x02 \x01(\bR\tmustExist\"k\n" +
+	"\fRevokeLeases\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06prefix\x18\x02 \x01(\tR\x06prefix\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x03 \x01(\tR\tmountUuid\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"\x1d\n" +
 	"\vRemoveLease\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02idB%Z#rollcall/proto/command/v1;commandv1b\x06proto3"
 
@@ -953,30 +1162,32 @@ func file_command_v1_access_proto_rawDescGZIP() []byte {
 	return file_command_v1_access_proto_rawDescData
 }
 
-var file_command_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_command_v1_access_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_command_v1_access_proto_goTypes = []any{
 	(*Token)(nil),           // 0: rollcall.command.v1.Token
 	(*PutToken)(nil),        // 1: rollcall.command.v1.PutToken
-	(*RevokeToken)(nil),     // 2: rollcall.command.v1.RevokeToken
-	(*Policy)(nil),          // 3: rollcall.command.v1.Policy
-	(*PutPolicy)(nil),       // 4: rollcall.command.v1.PutPolicy
-	(*DeletePolicy)(nil),    // 5: rollcall.command.v1.DeletePolicy
-	(*Namespace)(nil),       // 6: rollcall.command.v1.Namespace
-	(*PutNamespace)(nil),    // 7: rollcall.command.v1.PutNamespace
-	(*DeleteNamespace)(nil), // 8: rollcall.command.v1.DeleteNamespace
-	(*Lease)(nil),           // 9: rollcall.command.v1.Lease
-	(*PutLease)(nil),        // 10: rollcall.command.v1.PutLease
-	(*RemoveLease)(nil),     // 11: rollcall.command.v1.RemoveLease
-	nil,                     // 12: rollcall.command.v1.Token.MetaEntry
-	nil,                     // 13: rollcall.command.v1.Namespace.CustomMetadataEntry
+	(*UseToken)(nil),        // 2: rollcall.command.v1.UseToken
+	(*RevokeToken)(nil),     // 3: rollcall.command.v1.RevokeToken
+	(*Policy)(nil),          // 4: rollcall.command.v1.Policy
+	(*PutPolicy)(nil),       // 5: rollcall.command.v1.PutPolicy
+	(*DeletePolicy)(nil),    // 6: rollcall.command.v1.DeletePolicy
+	(*Namespace)(nil),       // 7: rollcall.command.v1.Namespace
+	(*PutNamespace)(nil),    // 8: rollcall.command.v1.PutNamespace
+	(*DeleteNamespace)(nil), // 9: rollcall.command.v1.DeleteNamespace
+	(*Lease)(nil),           // 10: rollcall.command.v1.Lease
+	(*PutLease)(nil),        // 11: rollcall.command.v1.PutLease
+	(*RevokeLeases)(nil),    // 12: rollcall.command.v1.RevokeLeases
+	(*RemoveLease)(nil),     // 13: rollcall.command.v1.RemoveLease
+	nil,                     // 14: rollcall.command.v1.Token.MetaEntry
+	nil,                     // 15: rollcall.command.v1.Namespace.CustomMetadataEntry
 }
 var file_command_v1_access_proto_depIdxs = []int32{
-	12, // 0: rollcall.command.v1.Token.meta:type_name -> rollcall.command.v1.Token.MetaEntry
+	14, // 0: rollcall.command.v1.Token.meta:type_name -> rollcall.command.v1.Token.MetaEntry
 	0,  // 1: rollcall.command.v1.PutToken.token:type_name -> rollcall.command.v1.Token
-	3,  // 2: rollcall.command.v1.PutPolicy.policy:type_name -> rollcall.command.v1.Policy
-	13, // 3: rollcall.command.v1.Namespace.custom_metadata:type_name -> rollcall.command.v1.Namespace.CustomMetadataEntry
-	6,  // 4: rollcall.command.v1.PutNamespace.namespace:type_name -> rollcall.command.v1.Namespace
-	9,  // 5: rollcall.command.v1.PutLease.lease:type_name -> rollcall.command.v1.Lease
+	4,  // 2: rollcall.command.v1.PutPolicy.policy:type_name -> rollcall.command.v1.Policy
+	15, // 3: rollcall.command.v1.Namespace.custom_metadata:type_name -> rollcall.command.v1.Namespace.CustomMetadataEntry
+	7,  // 4: rollcall.command.v1.PutNamespace.namespace:type_name -> rollcall.command.v1.Namespace
+	10, // 5: rollcall.command.v1.PutLease.lease:type_name -> rollcall.command.v1.Lease
 	6,  // [6:6] is the sub-list for method output_type
 	6,  // [6:6] is the sub-list for method input_type
 	6,  // [6:6] is the sub-list for extension type_name
@@ -995,7 +1206,7 @@ func file_command_v1_access_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_command_v1_access_proto_rawDesc), len(file_command_v1_access_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

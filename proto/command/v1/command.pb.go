@@ -34,6 +34,9 @@ type Command struct {
 	WallMs int64 `protobuf:"varint,2,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
 	// Id of the HTTP request that caused this, for audit and logs; may be empty.
 	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Hash of the token that authorised this; empty for what nodes do by themselves. The command is refused when the token is
+	// gone or has expired by then: what was authorised by a revoked token does not happen after its revocation.
+	ByToken []byte `protobuf:"bytes,4,opt,name=by_token,json=byToken,proto3" json:"by_token,omitempty"`
 	// Types that are valid to be assigned to Body:
 	//
 	//	*Command_InitCluster
@@ -68,6 +71,8 @@ type Command struct {
 	//	*Command_DeleteNamespace
 	//	*Command_PutLease
 	//	*Command_RemoveLease
+	//	*Command_UseToken
+	//	*Command_RevokeLeases
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -122,6 +127,13 @@ func (x *Command) GetRequestId() string {
 		return x.RequestId
 	}
 	return ""
+}
+
+func (x *Command) GetByToken() []byte {
+	if x != nil {
+		return x.ByToken
+	}
+	return nil
 }
 
 func (x *Command) GetBody() isCommand_Body {
@@ -419,6 +431,24 @@ func (x *Command) GetRemoveLease() *RemoveLease {
 	return nil
 }
 
+func (x *Command) GetUseToken() *UseToken {
+	if x != nil {
+		if x, ok := x.Body.(*Command_UseToken); ok {
+			return x.UseToken
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetRevokeLeases() *RevokeLeases {
+	if x != nil {
+		if x, ok := x.Body.(*Command_RevokeLeases); ok {
+			return x.RevokeLeases
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -552,6 +582,14 @@ type Command_RemoveLease struct {
 	RemoveLease *RemoveLease `protobuf:"bytes,67,opt,name=remove_lease,json=removeLease,proto3,oneof"`
 }
 
+type Command_UseToken struct {
+	UseToken *UseToken `protobuf:"bytes,68,opt,name=use_token,json=useToken,proto3,oneof"`
+}
+
+type Command_RevokeLeases struct {
+	RevokeLeases *RevokeLeases `protobuf:"bytes,69,opt,name=revoke_leases,json=revokeLeases,proto3,oneof"`
+}
+
 func (*Command_InitCluster) isCommand_Body() {}
 
 func (*Command_Hello) isCommand_Body() {}
@@ -615,6 +653,10 @@ func (*Command_DeleteNamespace) isCommand_Body() {}
 func (*Command_PutLease) isCommand_Body() {}
 
 func (*Command_RemoveLease) isCommand_Body() {}
+
+func (*Command_UseToken) isCommand_Body() {}
+
+func (*Command_RevokeLeases) isCommand_Body() {}
 
 // Tick carries nothing but elapsed_ns. It flows only while something in the state can expire.
 type Tick struct {
@@ -792,13 +834,14 @@ var File_command_v1_command_proto protoreflect.FileDescriptor
 
 const file_command_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xf0\x11\n" +
+	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\x93\x13\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"elapsed_ns\x18\x01 \x01(\x04R\telapsedNs\x12\x17\n" +
 	"\awall_ms\x18\x02 \x01(\x03R\x06wallMs\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tR\trequestId\x12E\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\x12\x19\n" +
+	"\bby_token\x18\x04 \x01(\fR\abyToken\x12E\n" +
 	"\finit_cluster\x18\n" +
 	" \x01(\v2 .rollcall.command.v1.InitClusterH\x00R\vinitCluster\x122\n" +
 	"\x05hello\x18\v \x01(\v2\x1a.rollcall.command.v1.HelloH\x00R\x05hello\x122\n" +
@@ -837,7 +880,9 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"\rput_namespace\x18@ \x01(\v2!.rollcall.command.v1.PutNamespaceH\x00R\fputNamespace\x12Q\n" +
 	"\x10delete_namespace\x18A \x01(\v2$.rollcall.command.v1.DeleteNamespaceH\x00R\x0fdeleteNamespace\x12<\n" +
 	"\tput_lease\x18B \x01(\v2\x1d.rollcall.command.v1.PutLeaseH\x00R\bputLease\x12E\n" +
-	"\fremove_lease\x18C \x01(\v2 .rollcall.command.v1.RemoveLeaseH\x00R\vremoveLeaseB\x06\n" +
+	"\fremove_lease\x18C \x01(\v2 .rollcall.command.v1.RemoveLeaseH\x00R\vremoveLease\x12<\n" +
+	"\tuse_token\x18D \x01(\v2\x1d.rollcall.command.v1.UseTokenH\x00R\buseToken\x12H\n" +
+	"\rrevoke_leases\x18E \x01(\v2!.rollcall.command.v1.RevokeLeasesH\x00R\frevokeLeasesB\x06\n" +
 	"\x04body\"\x06\n" +
 	"\x04Tick\"\x1c\n" +
 	"\bRestored\x12\x10\n" +
@@ -900,6 +945,8 @@ var file_command_v1_command_proto_goTypes = []any{
 	(*DeleteNamespace)(nil),  // 31: rollcall.command.v1.DeleteNamespace
 	(*PutLease)(nil),         // 32: rollcall.command.v1.PutLease
 	(*RemoveLease)(nil),      // 33: rollcall.command.v1.RemoveLease
+	(*UseToken)(nil),         // 34: rollcall.command.v1.UseToken
+	(*RevokeLeases)(nil),     // 35: rollcall.command.v1.RevokeLeases
 }
 var file_command_v1_command_proto_depIdxs = []int32{
 	4,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
@@ -934,11 +981,13 @@ var file_command_v1_command_proto_depIdxs = []int32{
 	31, // 29: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
 	32, // 30: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
 	33, // 31: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	34, // 32: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
+	35, // 33: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
+	34, // [34:34] is the sub-list for method output_type
+	34, // [34:34] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_command_proto_init() }
@@ -985,6 +1034,8 @@ func file_command_v1_command_proto_init() {
 		(*Command_DeleteNamespace)(nil),
 		(*Command_PutLease)(nil),
 		(*Command_RemoveLease)(nil),
+		(*Command_UseToken)(nil),
+		(*Command_RevokeLeases)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

@@ -93,8 +93,11 @@ type RequestHead struct {
 	DeadlineNs      uint64   `protobuf:"varint,12,opt,name=deadline_ns,json=deadlineNs,proto3" json:"deadline_ns,omitempty"`
 	TokenTtlNs      uint64   `protobuf:"varint,13,opt,name=token_ttl_ns,json=tokenTtlNs,proto3" json:"token_ttl_ns,omitempty"`
 	Policies        []string `protobuf:"bytes,14,rep,name=policies,proto3" json:"policies,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// What a renew or revoke is about, as proto/plugin's Secret and Auth.
+	Secret        []byte `protobuf:"bytes,15,opt,name=secret,proto3" json:"secret,omitempty"`
+	Auth          []byte `protobuf:"bytes,16,opt,name=auth,proto3" json:"auth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RequestHead) Reset() {
@@ -221,6 +224,20 @@ func (x *RequestHead) GetTokenTtlNs() uint64 {
 func (x *RequestHead) GetPolicies() []string {
 	if x != nil {
 		return x.Policies
+	}
+	return nil
+}
+
+func (x *RequestHead) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
+func (x *RequestHead) GetAuth() []byte {
+	if x != nil {
+		return x.Auth
 	}
 	return nil
 }
@@ -389,7 +406,7 @@ const file_peer_v1_forward_proto_rawDesc = "" +
 	"\x15peer/v1/forward.proto\x12\x10rollcall.peer.v1\"V\n" +
 	"\rHandleRequest\x121\n" +
 	"\x04head\x18\x01 \x01(\v2\x1d.rollcall.peer.v1.RequestHeadR\x04head\x12\x12\n" +
-	"\x04body\x18\x02 \x01(\fR\x04body\"\xe3\x04\n" +
+	"\x04body\x18\x02 \x01(\fR\x04body\"\x8f\x05\n" +
 	"\vRequestHead\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\tR\trequestId\x12\x1c\n" +
@@ -408,7 +425,9 @@ const file_peer_v1_forward_proto_rawDesc = "" +
 	"deadlineNs\x12 \n" +
 	"\ftoken_ttl_ns\x18\r \x01(\x04R\n" +
 	"tokenTtlNs\x12\x1a\n" +
-	"\bpolicies\x18\x0e \x03(\tR\bpolicies\x1aZ\n" +
+	"\bpolicies\x18\x0e \x03(\tR\bpolicies\x12\x16\n" +
+	"\x06secret\x18\x0f \x01(\fR\x06secret\x12\x12\n" +
+	"\x04auth\x18\x10 \x01(\fR\x04auth\x1aZ\n" +
 	"\fHeadersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x124\n" +
 	"\x05value\x18\x02 \x01(\v2\x1e.rollcall.peer.v1.HeaderValuesR\x05value:\x028\x01\"&\n" +

@@ -19,6 +19,9 @@ type Config struct {
 	Peers            Peers
 	// Leases may be nil: then secrets are released as the plugin made them, without a lease.
 	Leases Leases
+	// Admit is asked right before a plugin is called, on the node that calls it: a request may have waited since it was
+	// authorised. Its error is the answer, and nothing has run. It must be quick. May be nil.
+	Admit func(req *Request) error
 	// LeaderOnly is told, from a goroutine of its own and at most once a mount and process, that a follower's read made
 	// a secret: the mount's reads belong on the leader, and its config should say so. May be nil.
 	LeaderOnly func(m *commandv1.Mount)

@@ -159,6 +159,12 @@ func (p *passage) head(ctx context.Context) *peerv1.RequestHead {
 	for k, v := range p.headers() {
 		h.Headers[k] = &peerv1.HeaderValues{Values: v}
 	}
+	if q.Secret != nil {
+		h.Secret, _ = proto.Marshal(q.Secret) // a message that was made here always encodes
+	}
+	if q.Auth != nil {
+		h.Auth, _ = proto.Marshal(q.Auth)
+	}
 	if until, ok := ctx.Deadline(); ok {
 		h.DeadlineNs = uint64(max(time.Until(until), time.Millisecond))
 	}
@@ -365,6 +371,18 @@ func (r *Router) readForwarded(stream grpc.BidiStreamingServer[peerv1.HandleRequ
 	}
 	for k, v := range head.GetHeaders() {
 		q.Headers[k] = v.GetValues()
+	}
+	if b := head.GetSecret(); len(b) > 0 {
+		q.Secret = &pluginpb.Secret{}
+		if err := proto.Unmarshal(b, q.Secret); err != nil {
+			return nil, 0, fault.Text(fault.Invalid, "a forwarded request's secret cannot be read")
+		}
+	}
+	if b := head.GetAuth(); len(b) > 0 {
+		q.Auth = &pluginpb.Auth{}
+		if err := proto.Unmarshal(b, q.Auth); err != nil {
+			return nil, 0, fault.Text(fault.Invalid, "a forwarded request's auth cannot be read")
+		}
 	}
 	return q, time.Duration(head.GetDeadlineNs()), nil
 }

@@ -56,7 +56,7 @@ type Request struct {
 	Unauthenticated    bool
 	// NoForward keeps the request on this node: where it would have to go to the leader, it fails with fault.NotLeader.
 	NoForward bool
-	// Secret and Auth are what a renew or revoke is about. Such requests are not forwarded.
+	// Secret and Auth are what a renew or revoke is about.
 	Secret *pluginpb.Secret
 	Auth   *pluginpb.Auth
 

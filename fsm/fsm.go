@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -32,10 +31,11 @@ type Observer interface {
 // FSM is one node's copy of the state. Apply, ApplyBatch, Snapshot and Restore belong to raft's goroutine; all other
 // methods may be called from any.
 type FSM struct {
-	mu      sync.Mutex
+	mu      sync.RWMutex
 	s       *state
 	changed chan struct{}
-	view    atomic.Pointer[View]
+	// Made when it is first asked for after an entry.
+	view *View
 
 	observers []Observer
 }
@@ -84,7 +84,7 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 
 // publish makes what was applied visible and wakes those who wait. It is called with mu held.
 func (f *FSM) publish() {
-	f.view.Store(nil)
+	f.view = nil
 	if f.changed != nil {
 		close(f.changed)
 		f.changed = nil
@@ -223,17 +223,18 @@ func Err(r *commandv1.Result) error {
 
 // View returns the state after the last applied entry. It is immutable and cheap, whoever asks.
 func (f *FSM) View() *View {
-	if v := f.view.Load(); v != nil {
+	f.mu.RLock()
+	v := f.view
+	f.mu.RUnlock()
+	if v != nil {
 		return v
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if v := f.view.Load(); v != nil {
-		return v
+	if f.view == nil {
+		f.view = &View{s: f.s.copy()}
 	}
-	v := &View{s: f.s.copy()}
-	f.view.Store(v)
-	return v
+	return f.view
 }
 
 // Changed returns a channel that is closed at the next applied entry. Take it, then View, then wait.

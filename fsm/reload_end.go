@@ -105,46 +105,6 @@ func outcomeOf(r *commandv1.Reload) string {
 	}
 }
 
-// promote starts the reloads whose way is free, first come first served: one that waits holds its targets against those
-// behind it.
-func (e *entry) promote() {
-	for {
-		next := e.nextQueued()
-		if next == nil {
-			return
-		}
-		e.activate(clone(next))
-	}
-}
-
-func (e *entry) nextQueued() *commandv1.Reload {
-	var next *commandv1.Reload
-	taken := map[string]bool{}
-	e.active.Scan(func(uuid, _ string) bool {
-		taken[uuid] = true
-		return true
-	})
-	e.open.Scan(func(_, id string) bool {
-		r := get(&e.reloads, id)
-		if r.GetPhase() != commandv1.Phase_PHASE_QUEUED {
-			return true
-		}
-		// A mount that is gone is nothing to wait for.
-		free := !slices.ContainsFunc(r.GetTargets(), func(t *commandv1.Target) bool {
-			return taken[t.GetMountUuid()] && get(&e.mounts, t.GetMountUuid()) != nil
-		})
-		if free {
-			next = r
-			return false
-		}
-		for _, t := range r.GetTargets() {
-			taken[t.GetMountUuid()] = true
-		}
-		return true
-	})
-	return next
-}
-
 // rollBack turns a committed reload round: a new reload with a generation of its own takes the targets back to the spec
 // that they had, committed at once, because every node ran it a moment ago. What never moved is only relabelled.
 func (e *entry) rollBack(r *commandv1.Reload, why string) {

@@ -11,6 +11,7 @@ import (
 
 	"rollcall/node/fault"
 	"rollcall/node/gossip"
+	"rollcall/node/httpd"
 	"rollcall/node/reload"
 	"rollcall/node/replica"
 	"rollcall/node/router"
@@ -175,7 +176,7 @@ func (l leaderConn) Leader(context.Context) (grpc.ClientConnInterface, string, e
 	if row := l.n.state.View().Node(role.LeaderID); row != nil {
 		name = row.GetName()
 	}
-	conn, err := l.n.transport.Client(role.LeaderAddress, name)
+	conn, err := l.n.transport.BulkClient(role.LeaderAddress, name)
 	if err != nil {
 		return nil, role.LeaderID, fault.As(fault.Unavailable, err, "reach", "the leader")
 	}
@@ -236,4 +237,32 @@ func (f *fileCertificate) get() (*tls.Certificate, error) {
 		f.read = info.ModTime()
 	}
 	return f.pair, nil
+}
+
+// pluginRoutes lends the router to node/httpd.
+type pluginRoutes struct{ *router.Router }
+
+func requestOf(q *httpd.PluginRequest) *router.Request {
+	return &router.Request{ID: q.ID, Namespace: q.Namespace, Path: q.Path, Operation: q.Operation, Data: q.Data,
+		Headers: q.Headers, RemoteAddr: q.RemoteAddr, ClientToken: q.ClientToken, TokenAccessor: q.TokenAccessor,
+		DisplayName: q.DisplayName, EntityID: q.EntityID, Policies: q.Policies, TokenTTL: q.TokenTTL,
+		TokenRemainingUses: q.TokenRemainingUses, Unauthenticated: q.Unauthenticated, NoForward: q.NoForward,
+		Secret: q.Secret, Auth: q.Auth}
+}
+
+func (p pluginRoutes) Handle(ctx context.Context, q *httpd.PluginRequest) (*httpd.PluginResponse, error) {
+	resp, err := p.Router.Handle(ctx, requestOf(q))
+	if resp == nil {
+		return nil, err
+	}
+	return &httpd.PluginResponse{Plugin: resp.Plugin, Generation: resp.Generation, Node: resp.Node, Index: resp.Index, Mount: resp.Mount}, err
+}
+
+func (p pluginRoutes) Lookup(ctx context.Context, ns, path string) (httpd.Match, error) {
+	m, err := p.Router.Lookup(ctx, ns, path)
+	return httpd.Match(m), err
+}
+
+func (p pluginRoutes) Exists(ctx context.Context, q *httpd.PluginRequest) (found, hasCheck bool, err error) {
+	return p.Router.Exists(ctx, requestOf(q))
 }

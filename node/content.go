@@ -61,7 +61,7 @@ func (c *contentClient) Fetch(ctx context.Context, sha256 string, w io.Writer) e
 		if row.GetId() == c.node.ID() || row.GetLeft() {
 			continue
 		}
-		conn, err := c.node.dialNode(row)
+		conn, err := c.node.transport.BulkClient(row.GetClusterAddress(), row.GetName())
 		if err != nil {
 			result = err
 			continue

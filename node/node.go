@@ -77,6 +77,7 @@ type Node struct {
 
 	ready atomic.Bool
 	fatal chan error
+	rotor rotor
 }
 
 // New opens the data directory, binds the ports and wires the rooms together. Nothing is started; on an error
@@ -126,6 +127,7 @@ func (n *Node) Start(ctx context.Context) error {
 		stop  func(context.Context) error
 	}{
 		{"cluster port", func() error { n.transport.Start(); return nil }, nil},
+		{"certificates", n.startCertificates, n.stopCertificates},
 		{"gossip", n.startGossip, n.stopGossip},
 		{"reloads", func() error { return n.reloads.Start(ctx) }, n.reloads.Stop},
 		{"replica", func() error { return n.replica.Start(ctx) }, n.replica.Stop},

@@ -147,7 +147,7 @@ func (n *Node) openHTTP() error {
 	var err error
 	n.door, err = httpd.New(httpd.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, Version: APIVersion, Started: n.since, State: n.state, Replica: n.replica,
-		Router: n.router, Plugins: &inventory{n}, Cluster: &cluster{n}, Gatherer: n.reg, Registerer: n.reg,
+		Router: pluginRoutes{n.router}, Plugins: &inventory{n}, Cluster: &cluster{n}, Gatherer: n.reg, Registerer: n.reg,
 		Logger: n.component("http"),
 	})
 	if err != nil {

@@ -12,7 +12,6 @@ import (
 	"rollcall/fsm"
 	"rollcall/node/api"
 	"rollcall/node/fault"
-	"rollcall/node/router"
 )
 
 // State is this node's copy of the replicated state.
@@ -35,9 +34,9 @@ type Replica interface {
 
 // Router runs plugin requests.
 type Router interface {
-	Handle(ctx context.Context, req *router.Request) (*router.Response, error)
-	Lookup(ctx context.Context, ns, path string) (router.Match, error)
-	Exists(ctx context.Context, req *router.Request) (found, hasCheck bool, err error)
+	Handle(ctx context.Context, req *PluginRequest) (*PluginResponse, error)
+	Lookup(ctx context.Context, ns, path string) (Match, error)
+	Exists(ctx context.Context, req *PluginRequest) (found, hasCheck bool, err error)
 }
 
 // Plugins tells what this node runs, and tries what it is asked to run.

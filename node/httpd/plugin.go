@@ -13,7 +13,6 @@ import (
 	"rollcall/node/api"
 	"rollcall/node/fault"
 	"rollcall/node/policy"
-	"rollcall/node/router"
 )
 
 // plugin runs a request on a mount's plugin. The body goes through as it came.
@@ -31,7 +30,7 @@ func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, r *http.Requ
 		s.fail(w, r, id, err)
 		return
 	}
-	req := &router.Request{ID: id, Namespace: to.ns, Path: to.path, Operation: string(op),
+	req := &PluginRequest{ID: id, Namespace: to.ns, Path: to.path, Operation: string(op),
 		Headers: r.Header, RemoteAddr: r.RemoteAddr, Unauthenticated: match.Unauthenticated,
 		NoForward: r.Header.Get(api.HeaderNoForward) == "true"}
 	who, err := s.identify(r, match, req)
@@ -52,7 +51,7 @@ func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, r *http.Requ
 }
 
 // identify authenticates the caller of a plugin path and puts into the request what a plugin may know of the token.
-func (s *Server) identify(r *http.Request, match router.Match, req *router.Request) (*policy.Identity, error) {
+func (s *Server) identify(r *http.Request, match Match, req *PluginRequest) (*policy.Identity, error) {
 	if match.Unauthenticated {
 		return nil, nil
 	}
@@ -70,8 +69,8 @@ func (s *Server) identify(r *http.Request, match router.Match, req *router.Reque
 
 // allowPlugin turns an update into a create when the plugin's existence check says that nothing is there, and decides
 // with that operation. Root paths of a plugin need sudo besides.
-func (s *Server) allowPlugin(ctx context.Context, who *policy.Identity, to target, match router.Match,
-	req *router.Request, op operation,
+func (s *Server) allowPlugin(ctx context.Context, who *policy.Identity, to target, match Match,
+	req *PluginRequest, op operation,
 ) error {
 	if op == opUpdate {
 		found, hasCheck, err := s.Router.Exists(ctx, req)
@@ -100,7 +99,7 @@ func (s *Server) allowPlugin(ctx context.Context, who *policy.Identity, to targe
 }
 
 // answerPlugin encodes a plugin's response: its data goes into the envelope as it came.
-func (s *Server) answerPlugin(w http.ResponseWriter, r *http.Request, id string, op operation, resp *router.Response, err error) {
+func (s *Server) answerPlugin(w http.ResponseWriter, r *http.Request, id string, op operation, resp *PluginResponse, err error) {
 	if resp != nil {
 		h := w.Header()
 		h.Set(api.HeaderGeneration, strconv.FormatUint(resp.Generation, 10))
@@ -171,7 +170,7 @@ type specialData struct {
 }
 
 // answerSpecial sends redirects and raw bodies; it reports whether it answered.
-func (s *Server) answerSpecial(w http.ResponseWriter, r *http.Request, id string, resp *router.Response) bool {
+func (s *Server) answerSpecial(w http.ResponseWriter, r *http.Request, id string, resp *PluginResponse) bool {
 	p := resp.Plugin
 	if to := p.GetRedirect(); to != "" {
 		http.Redirect(w, r, to, http.StatusFound)

@@ -156,6 +156,13 @@ func (in *fakeInstance) handle(ctx context.Context, req *pluginpb.Request) (*plu
 		return &pluginpb.Response{Data: req.GetData(), Headers: map[string]*pluginpb.Header{
 			"X-Yes": {Header: []string{"1"}}, "X-No": {Header: []string{"1"}},
 		}}, nil
+	case path == "torn" && in.sys.ReplicationState == supervisor.ReplicationStandby:
+		if _, err := in.slow(ctx); err != nil {
+			return nil, err
+		}
+		return nil, fault.Text(fault.Internal, "could not find version data")
+	case path == "torn":
+		return data(map[string]any{"name": in.f.name}), nil
 	case strings.HasPrefix(path, "slow"):
 		return in.slow(ctx)
 	case path == "error":

@@ -202,7 +202,8 @@ func (p *passage) receive(stream grpc.BidiStreamingClient[peerv1.HandleRequest, 
 	return resp, p.decode(resp, body)
 }
 
-// decode reads the answer: one byte that says what follows, then the plugin's response, or that of an existence check.
+// decode reads the answer: the plugin's response, or that of an existence check. A byte stands before it, so that an empty
+// response is not taken for none.
 func (p *passage) decode(resp *Response, body []byte) error {
 	out := &pluginpb.Response{}
 	if err := proto.Unmarshal(body[1:], out); err != nil {

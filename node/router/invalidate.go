@@ -17,13 +17,13 @@ type invalidations struct {
 	mu      sync.Mutex
 	items   []change
 	keys    int
-	index   uint64
 	over    bool
 	follows bool
 	waiters []waiter
 
 	wake chan struct{}
-	told atomic.Uint64
+	// seen is the index of the newest change, told the one up to which the instance knows.
+	seen, told atomic.Uint64
 }
 
 type change struct {
@@ -45,7 +45,7 @@ func newInvalidations(max int) *invalidations {
 func (q *invalidations) add(keys []string, index uint64) (overflow bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.index = max(q.index, index)
+	raise(&q.seen, index)
 	if !q.follows {
 		// The leader's instance wrote this itself.
 		q.tell(index)
@@ -81,7 +81,7 @@ func (q *invalidations) signal() {
 func (q *invalidations) lose(index uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.index = max(q.index, index)
+	raise(&q.seen, index)
 	if q.follows {
 		q.spill()
 	}
@@ -94,7 +94,7 @@ func (q *invalidations) follow(follows bool) {
 	defer q.mu.Unlock()
 	q.follows, q.items, q.keys, q.over = follows, nil, 0, false
 	if !follows {
-		q.tell(q.index)
+		q.tell(q.seen.Load())
 	}
 }
 

@@ -6,8 +6,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"rollcall/node/fault"
-	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 	pluginpb "rollcall/proto/plugin"
 )
@@ -184,14 +182,4 @@ func (w wildPath) match(path []string) bool {
 		}
 	}
 	return true
-}
-
-// checkType compares what the plugin says it is with the table it is mounted in.
-func checkType(m *commandv1.Mount, got string) error {
-	if got == m.GetTable() {
-		return nil
-	}
-	words := map[string]string{supervisor.TypeSecret: "a secrets engine", supervisor.TypeAuth: "an auth method"}
-	return fault.Text(fault.Refused, "unknown backend type: the plugin %q is %s, and %s is mounted as %s",
-		m.GetType(), words[got], m.GetPath(), words[m.GetTable()])
 }

@@ -5,7 +5,9 @@ import (
 
 	"google.golang.org/grpc"
 
+	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
+	pluginpb "rollcall/proto/plugin"
 )
 
 // View is one state of the cluster, as this package reads it. *fsm.View satisfies it. Records are shared and never
@@ -78,3 +80,21 @@ type Leases interface {
 	// on the node that ran the request; when that is not the leader, the lease travels to it through the log.
 	Grant(ctx context.Context, m *commandv1.Mount, req *Request, resp *Response) error
 }
+
+// Backend is one plugin backend inside a process, as requests and switches use it. *supervisor.Backend is one. Errors of
+// the plugin's own code are faults with its text; fault.Unavailable says that the process cannot be reached and nothing
+// ran, fault.OutcomeUnknown that it ended under the call.
+type Backend interface {
+	// Setup may be called again when the node's role has changed; then no request is in flight.
+	Setup(ctx context.Context, s supervisor.Setup) error
+	Initialize(ctx context.Context) error
+	// Type is "secret" or "auth".
+	Type(ctx context.Context) (string, error)
+	SpecialPaths(ctx context.Context) (*pluginpb.Paths, error)
+	HandleRequest(ctx context.Context, req *pluginpb.Request) (*pluginpb.Response, error)
+	HandleExistenceCheck(ctx context.Context, req *pluginpb.Request) (found, checkFound bool, err error)
+	InvalidateKey(ctx context.Context, key string) error
+	Cleanup(ctx context.Context) error
+}
+
+var _ Backend = (*supervisor.Backend)(nil)

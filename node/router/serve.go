@@ -140,7 +140,7 @@ func (p *passage) elsewhere(m mode) bool {
 
 // mayLeave says whether a request may be forwarded at all.
 func (p *passage) mayLeave() bool {
-	return !p.req.NoForward && p.req.Secret == nil && p.req.Auth == nil
+	return !p.req.NoForward
 }
 
 // stale waits a moment for the instance to be entered under the term that this node leads now.
@@ -187,6 +187,11 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 	if err := p.lease(); err != nil {
 		return nil, answered, err
 	}
+	if f := p.r.cfg.Admit; f != nil {
+		if err := f(p.req); err != nil {
+			return nil, answered, err
+		}
+	}
 	p.generation = in.generation()
 	resp := &Response{Generation: p.generation, Node: p.r.cfg.NodeName, Index: p.v.Index()}
 	if !in.leader {
@@ -194,14 +199,18 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 	}
 	calling, c := in.admit(ctx)
 	defer in.leave(c)
-	shaken := in.store.shaken.Load()
+	shaken, seen := in.store.shaken.Load(), p.rt.inval.seen.Load()
 	err := p.call(calling, in, resp)
 	switch {
 	case err == nil && errorText(resp.Plugin) == "":
 	case err != nil && calling.Err() != nil:
 		return p.cut(ctx, calling, resp, err)
 	default:
-		then, err := p.judge(in, resp, err, in.store.shaken.Load() != shaken)
+		moved := in.store.shaken.Load() != shaken
+		if !in.leader {
+			moved = p.rt.inval.seen.Load() != seen
+		}
+		then, err := p.judge(in, resp, err, moved)
 		resp.Plugin = nil
 		return resp, then, err
 	}
@@ -248,12 +257,18 @@ func (p *passage) cut(ctx, calling context.Context, resp *Response, err error) (
 	}
 }
 
-// judge decides what an error of the plugin, or of its process, means for the request.
-func (p *passage) judge(in *instance, resp *Response, err error, shaken bool) (after, error) {
+// judge decides what an error of the plugin, or of its process, means for the request. moved says that storage moved while
+// it ran: on the leader, that a write was lost to a change of leader; on a follower, that entries were applied.
+func (p *passage) judge(in *instance, resp *Response, err error, moved bool) (after, error) {
 	write := writes(p.req.Operation)
-	if p.lane == readLane && !in.leader && needsLeader(resp.Plugin, err) && p.retried < 2 {
-		p.retried++
-		return leader, fault.Text(fault.ReadOnly, "the plugin wants to write for this read, and this node does not lead")
+	if p.lane == readLane && !in.leader && p.retried < 2 {
+		// A follower's plugin holds no lock against the entries that the leader's writes are: it may have found one key
+		// without the other that was written before it (KV, "could not find version data").
+		torn := moved && fault.Is(err, fault.Internal)
+		if torn || needsLeader(resp.Plugin, err) {
+			p.retried++
+			return leader, fault.Text(fault.ReadOnly, "this read needs the leader's instance")
+		}
 	}
 	ran, died := fate(err)
 	switch {
@@ -271,7 +286,7 @@ func (p *passage) judge(in *instance, resp *Response, err error, shaken bool) (a
 	if write && fault.Is(err, fault.Deadline) {
 		return answered, fault.New(fault.OutcomeUnknown, "", "", "the request may or may not have taken effect: %w", err)
 	}
-	if shaken && damage(err) {
+	if moved && in.leader && damage(err) {
 		if write {
 			return answered, fault.New(fault.OutcomeUnknown, "", "",
 				"the leader changed while the plugin wrote: the request may or may not have taken effect (%w)", err)

@@ -243,7 +243,12 @@ func (s *store) do(ctx context.Context, op *commandv1.StorageOp) error {
 		s.still = nil
 	}
 	if err != nil {
-		s.shaken.Add(1)
+		switch fault.KindOf(err) {
+		case fault.Invalid, fault.TooLarge:
+			// Nothing moved: the plugin asked for what cannot be.
+		default:
+			s.shaken.Add(1)
+		}
 		if fault.Is(err, fault.Stale) && s.phase == live && !s.told && s.lost != nil {
 			s.told = true
 			s.lost(s)

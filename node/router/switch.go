@@ -2,11 +2,9 @@ package router
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"rollcall/node/fault"
-	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
 )
@@ -112,32 +110,6 @@ func (r *Router) hold(m *commandv1.Mount) time.Duration {
 	return r.cfg.Hold
 }
 
-// storeFor makes the storage of an instance that is about to be set up for a role.
-func (r *Router) storeFor(rt *route, role Role) *store {
-	p := following
-	if role.Leader {
-		p = collecting
-	}
-	st := newStore(rt.uuid, p, r.cfg.State.View)
-	st.write = r.proposeWrite
-	st.lost = func(s *store) {
-		if in := rt.run.Load(); in != nil && in.store == s {
-			rt.repair(repair{in: in, what: resetup})
-		}
-	}
-	return st
-}
-
-func (r *Router) proposeWrite(ctx context.Context, term uint64, w *commandv1.WriteStorage) (*commandv1.Result, error) {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, writeLimit)
-		defer cancel()
-	}
-	return r.cfg.Replica.ProposeAsLeader(ctx, term,
-		&commandv1.Command{Body: &commandv1.Command_WriteStorage{WriteStorage: w}})
-}
-
 // switching is one switch under way.
 type switching struct {
 	rt     *route
@@ -192,8 +164,12 @@ func (s *switching) drain(ctx context.Context) error {
 	if s.old == nil || s.rt.r.cfg.noGate {
 		return nil
 	}
-	n := s.old.inFlight()
-	if s.old.refs.drain(ctx, s.plan.Hold) {
+	n, limit := s.old.inFlight(), s.plan.Hold
+	if s.closed.IsZero() {
+		// Requests go to the leader meanwhile: nobody is held.
+		limit = max(limit, s.rt.r.cfg.Inside)
+	}
+	if s.old.refs.drain(ctx, limit) {
 		s.around.drained.Add(uint64(n))
 		return nil
 	}
@@ -223,7 +199,7 @@ func (s *switching) drain(ctx context.Context) error {
 	}
 	s.undo()
 	return fault.New(fault.Deadline, "drain", s.m.GetPath(),
-		"%d requests in flight outlived the hold of %v; the old instance goes on", s.old.inFlight(), s.plan.Hold)
+		"of %d requests in flight, some outlived the hold of %v; the old instance goes on", n, limit)
 }
 
 // undo lets the old instance go on, untouched. Where reads were forwarded they still are: the leader has moved on.
@@ -244,34 +220,6 @@ func (s *switching) quiet(ctx context.Context) error {
 		s.undo()
 	}
 	return err
-}
-
-// establish sets an instance up on the state as it is, and takes the mount over or catches up with what changed.
-func (rt *route) establish(ctx context.Context, m *commandv1.Mount, in *instance) error {
-	rt.inval.follow(!in.leader)
-	in.base = rt.r.cfg.State.View().Index()
-	if err := rt.r.setUp(ctx, m, in, true); err != nil {
-		return err
-	}
-	if in.leader {
-		return rt.takeOver(ctx, m, in, in.role(), in.store.seal())
-	}
-	return rt.catchUp(ctx, in)
-}
-
-// takeOver enters what the instance wrote while it was set up, and makes its store live.
-func (rt *route) takeOver(ctx context.Context, m *commandv1.Mount, in *instance, role Role, writes []*commandv1.StorageOp,
-) error {
-	res, err := rt.r.cfg.Replica.ProposeAsLeader(ctx, role.Term, &commandv1.Command{
-		Body: &commandv1.Command_TakeOver{TakeOver: &commandv1.TakeOver{
-			MountUuid: rt.uuid, NodeId: rt.r.cfg.NodeID, Generation: in.generation(), Term: role.Term, Writes: writes,
-		}},
-	})
-	if err != nil {
-		return fault.Wrap(err, "take over", m.GetPath())
-	}
-	in.store.enliven(res.GetIndex(), role.Term, len(writes) > 0)
-	return nil
 }
 
 // open puts the new instance behind the gate. From here on the old one answers nothing, and writes nothing.
@@ -378,144 +326,6 @@ func (r *Router) awaitTakeOver(ctx context.Context, uuid string, generation uint
 		case <-ctx.Done():
 			return fault.Wrap(context.Cause(ctx), "wait for the leader to take over", m.GetPath())
 		}
-	}
-}
-
-// Assume tells the instance behind the gate its new role: it is set up again in the same process, and takes the mount
-// over where this node leads now. Requests wait meanwhile, or go to the leader.
-func (r *Router) Assume(ctx context.Context, mountUUID string, role Role) error {
-	rt := r.lookup(mountUUID)
-	m := r.cfg.State.View().Mount(mountUUID)
-	if rt == nil || m == nil {
-		return fault.New(fault.NotFound, "assume role", mountUUID, "no such mount runs here")
-	}
-	if err := rt.lock(ctx); err != nil {
-		return err
-	}
-	defer rt.unlock()
-	in := rt.run.Load()
-	switch {
-	case in == nil:
-		return fault.New(fault.NotFound, "assume role", m.GetPath(), "nothing runs there yet")
-	case in.life.dead():
-		return fault.New(fault.Unavailable, "assume role", m.GetPath(), "the process has ended: %w", in.life.why)
-	case role.Leader && in.leader && rt.unbroken(m, in):
-		return rt.restamp(ctx, m, in, role)
-	}
-	return rt.renew(ctx, m, in, role)
-}
-
-// unbroken reports whether nobody else has written since the instance took the mount over, so that what it remembers
-// still holds.
-func (rt *route) unbroken(m *commandv1.Mount, in *instance) bool {
-	in.store.mu.Lock()
-	defer in.store.mu.Unlock()
-	return in.store.phase == live && in.store.epoch == m.GetEpoch()
-}
-
-// restamp enters a TakeOver for an instance that goes on as it is: under a new term, or a new generation.
-func (rt *route) restamp(ctx context.Context, m *commandv1.Mount, in *instance, role Role) error {
-	ctx, cancel := context.WithTimeout(ctx, rt.r.cfg.Inside)
-	defer cancel()
-	if err := in.store.pause(ctx); err != nil {
-		return err
-	}
-	if err := rt.takeOver(ctx, m, in, role, nil); err != nil {
-		in.store.resume()
-		return err
-	}
-	if in.term.Swap(role.Term) != role.Term {
-		rt.put(in)
-	}
-	return nil
-}
-
-// again is the same backend behind the gate for another role.
-func (in *instance) again(role Role, st *store) *instance {
-	next := newInstance(in.backend, in.wanted.Load(), role, st, in.life)
-	next.paths, next.base = in.paths, in.base
-	return next
-}
-
-// renew sets the same backend up again for a role. Called with the route locked.
-func (rt *route) renew(ctx context.Context, m *commandv1.Mount, in *instance, role Role) error {
-	r := rt.r
-	if role.Leader {
-		rt.gate.set(held, nil, nil, nil)
-	} else {
-		rt.gate.set(away, nil, nil, nil)
-	}
-	if !in.refs.drain(ctx, r.hold(m)) {
-		in.cancelAll(errRoleChange)
-		in.refs.drain(ctx, cancelGrace)
-	}
-	in.store.retire()
-	next := in.again(role, r.storeFor(rt, role))
-	inside, cancel := context.WithTimeout(ctx, r.cfg.Inside)
-	defer cancel()
-	if err := rt.establish(inside, m, next); err != nil {
-		next.store.retire()
-		if ctx.Err() != nil || transient(err) {
-			rt.gate.set(away, err, nil, nil)
-		} else {
-			rt.gate.set(failing, fault.As(fault.Unavailable, err, "set up plugin again", m.GetPath()), nil, nil)
-		}
-		// The old set-up is void: whoever tries again starts from this one.
-		rt.run.Store(next)
-		return err
-	}
-	rt.put(next)
-	return nil
-}
-
-// setUp runs Setup, the check of the type, and Initialize. The op of its error names which of them refused.
-func (r *Router) setUp(ctx context.Context, m *commandv1.Mount, in *instance, initialize bool) error {
-	name := fmt.Sprintf("%s (%s)", m.GetPath(), m.GetType())
-	refuse := func(phase string, err error) error {
-		kind := fault.Refused
-		if ctx.Err() != nil && fault.KindOf(context.Cause(ctx)) == fault.Canceled {
-			kind = fault.Canceled
-		}
-		return fault.As(kind, err, phase, name)
-	}
-	err := in.backend.Setup(ctx, r.setupOf(m, in))
-	if err != nil {
-		return refuse("setup", err)
-	}
-	kind, err := in.backend.Type(ctx)
-	if err == nil {
-		err = checkType(m, kind)
-	}
-	if err != nil {
-		return refuse("type", err)
-	}
-	if !initialize {
-		return nil
-	}
-	err = in.backend.Initialize(ctx)
-	if err != nil && (in.leader || !supervisor.IsReadOnlyText(err.Error())) {
-		return refuse("initialize", err)
-	}
-	paths, err := in.backend.SpecialPaths(ctx)
-	if err != nil {
-		return refuse("initialize", err)
-	}
-	in.paths = newSpecialPaths(paths)
-	return nil
-}
-
-// setupOf is what a backend is told: the mount's options and what it runs as (CONTRACT 7.3).
-func (r *Router) setupOf(m *commandv1.Mount, in *instance) supervisor.Setup {
-	spec := in.wanted.Load().GetSpec()
-	config := make(map[string]string, len(m.GetOptions())+3)
-	for k, v := range m.GetOptions() {
-		config[k] = v
-	}
-	config["plugin_name"], config["plugin_version"] = spec.GetName(), spec.GetVersion()
-	config["plugin_type"] = spec.GetType()
-	return supervisor.Setup{
-		BackendUUID: m.GetUuid(), Config: config, Storage: in.store,
-		System: r.system(m, in.leader),
 	}
 }
 

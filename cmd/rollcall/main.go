@@ -10,8 +10,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"rollcall/cmd/rollcall/client"
-	"rollcall/cmd/rollcall/demoplugin"
 	"rollcall/node"
+	"rollcall/proto/plugin/demoplugin"
 )
 
 func main() {

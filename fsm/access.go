@@ -270,7 +270,8 @@ func (e *entry) deleteNamespace(p string) error {
 		return err == nil
 	})
 	scanPrefix(&e.paths, key(p, ""), func(k, _ string) bool {
-		err = invalid("cannot delete namespace %q: it has mounts (%s)", p, strings.ReplaceAll(strings.TrimPrefix(k, key(p, "")), "\x00", " "))
+		err = invalid("cannot delete namespace %q: it has mounts (%s)", p,
+			strings.ReplaceAll(strings.TrimPrefix(k, key(p, "")), "\x00", " "))
 		return false
 	})
 	if err != nil {

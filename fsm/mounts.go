@@ -12,7 +12,9 @@ import (
 var reservedPaths = []string{"audit/", "auth/", "cubbyhole/", "identity/", "sys/"}
 
 // unmountable are types of what the node serves itself.
-var unmountable = []string{"cubbyhole", "identity", "ns_cubbyhole", "ns_identity", "ns_system", "ns_token", "system", "token"}
+var unmountable = []string{
+	"cubbyhole", "identity", "ns_cubbyhole", "ns_identity", "ns_system", "ns_token", "system", "token",
+}
 
 // checkMount says why a mount could not be made here, in the contract's words. It looks at everything but the plugin.
 func (s *state) checkMount(m *commandv1.Mount) error {

@@ -19,7 +19,9 @@ func (v *View) PlanReload(c *commandv1.StartReload) ([]*commandv1.Target, error)
 	if options == nil {
 		options = &commandv1.Options{}
 	}
-	r := &commandv1.Reload{Scope: c.GetScope(), ServingNode: c.GetServingNode(), Options: options, ToPrevious: c.GetToPrevious()}
+	r := &commandv1.Reload{
+		Scope: c.GetScope(), ServingNode: c.GetServingNode(), Options: options, ToPrevious: c.GetToPrevious(),
+	}
 	targets := make([]*commandv1.Target, 0, len(mounts))
 	for _, m := range mounts {
 		t, err := e.targetOf(r, m)

@@ -20,7 +20,8 @@ func Rebase(current *View, backup io.Reader, w io.Writer) error {
 	}
 	now := current.s
 	if now.clusterID != "" && now.clusterID != s.clusterID {
-		return fault.New(fault.Conflict, "restore backup", "", "it is of cluster %s, and this is cluster %s", s.clusterID, now.clusterID)
+		return fault.New(fault.Conflict, "restore backup", "", "it is of cluster %s, and this is cluster %s",
+			s.clusterID, now.clusterID)
 	}
 	s.nodes, s.nodeNames = table[*commandv1.Node]{}, table[string]{}
 	now.nodes.Scan(func(_ string, n *commandv1.Node) bool {

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"slices"
 
-	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -218,8 +217,7 @@ func (e *entry) mountGone(uuid string) {
 		findTarget(r, uuid).Unmounted = true
 		for _, p := range r.GetParticipants() {
 			o := findOutcome(p, uuid)
-			if o.GetVerdict() == commandv1.Verdict_VERDICT_UNSPECIFIED || o.GetVerdict() == commandv1.Verdict_VERDICT_FAILED_SWITCH ||
-				r.GetPhase() == commandv1.Phase_PHASE_PREPARING {
+			if openOutcome(o) || r.GetPhase() == commandv1.Phase_PHASE_PREPARING {
 				o.Verdict = commandv1.Verdict_VERDICT_UNMOUNTED
 			}
 			markSafe(r, p)
@@ -253,7 +251,7 @@ func (s *state) openIDs() []string {
 // compact table keeps their ids.
 func (e *entry) dropReloads(c *commandv1.DropReloads) error {
 	if c.GetBeforeClockNs() > e.clock {
-		return fault.Text(fault.Invalid, "reloads can be dropped up to the log's clock, %d, not to %d", e.clock, c.GetBeforeClockNs())
+		return invalid("reloads can be dropped up to the log's clock, %d, not to %d", e.clock, c.GetBeforeClockNs())
 	}
 	kept := map[string]int{}
 	var drop []*commandv1.Reload

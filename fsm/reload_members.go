@@ -1,6 +1,8 @@
 package fsm
 
 import (
+	"slices"
+
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
@@ -69,10 +71,8 @@ func restart(r *commandv1.Reload, p *commandv1.Participant, n *commandv1.Node) {
 		p.Safe = commandv1.Safe_SAFE_RESTARTED
 	}
 	for _, o := range p.GetMounts() {
-		switch o.GetVerdict() {
-		case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
+		if mayConverge(o) {
 			o.Verdict = commandv1.Verdict_VERDICT_UNSPECIFIED
-		default:
 		}
 		if o.GetVerdict() == commandv1.Verdict_VERDICT_UNSPECIFIED {
 			o.Report = nil // said by a process that is gone
@@ -114,14 +114,17 @@ func (s *state) stillWanted(r *commandv1.Reload, node string) bool {
 
 // openVerdict reports whether a participant may still converge late.
 func openVerdict(p *commandv1.Participant) bool {
-	for _, o := range p.GetMounts() {
-		switch o.GetVerdict() {
-		case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
-			return true
-		default:
-		}
+	return slices.ContainsFunc(p.GetMounts(), mayConverge)
+}
+
+func mayConverge(o *commandv1.MountOutcome) bool {
+	switch o.GetVerdict() {
+	case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED,
+		commandv1.Verdict_VERDICT_FAILED_SWITCH:
+		return true
+	default:
+		return false
 	}
-	return false
 }
 
 // nodeGone tells reloads of a node that has left or was removed: it owes nothing any more.
@@ -208,7 +211,7 @@ func (e *entry) fenceNode(c *commandv1.FenceNode) error {
 	}
 	open := false
 	for _, o := range p.GetMounts() {
-		if v := o.GetVerdict(); v != commandv1.Verdict_VERDICT_UNSPECIFIED && v != commandv1.Verdict_VERDICT_FAILED_SWITCH {
+		if !openOutcome(o) {
 			continue
 		}
 		if t := findTarget(r, o.GetMountUuid()); t.GetFencing() == "none" && !o.GetSafe() {

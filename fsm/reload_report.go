@@ -46,8 +46,11 @@ func (e *entry) reportBatch(c *commandv1.ReportBatch) error {
 func (e *entry) merge(r *commandv1.Reload, rep *commandv1.Report) bool {
 	p := findParticipant(r, rep.GetNodeId())
 	n := get(&e.nodes, rep.GetNodeId())
-	if p == nil || n == nil || out(p) || n.GetIncarnation() != rep.GetIncarnation() || p.GetIncarnation() != rep.GetIncarnation() {
+	if p == nil || n == nil || out(p) {
 		return false
+	}
+	if n.GetIncarnation() != rep.GetIncarnation() || p.GetIncarnation() != rep.GetIncarnation() {
+		return false // of a process that is gone: it prepared nothing that is still there
 	}
 	changed := false
 	for _, m := range rep.GetMounts() {
@@ -90,7 +93,9 @@ func bounded(m *commandv1.MountReport) bool {
 	return true
 }
 
-func mergePreparing(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
+func mergePreparing(
+	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
+) bool {
 	if p.GetWave() < r.GetWave() {
 		// An earlier wave: it has switched, and may have more to say of it.
 		return mergeSwitched(r, p, o, m)
@@ -115,7 +120,9 @@ func mergePreparing(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.
 	return true
 }
 
-func (e *entry) mergeCommitted(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
+func (e *entry) mergeCommitted(
+	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
+) bool {
 	if p.GetWave() > r.GetWave() {
 		return false
 	}
@@ -139,8 +146,11 @@ func (e *entry) mergeCommitted(r *commandv1.Reload, p *commandv1.Participant, o 
 }
 
 // mergeRefusal lets a best-effort participant keep what it had.
-func (e *entry) mergeRefusal(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
-	if o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED || rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
+func (e *entry) mergeRefusal(
+	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
+) bool {
+	if o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED ||
+		rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
 		return false
 	}
 	mount := get(&e.mounts, o.GetMountUuid())
@@ -184,7 +194,9 @@ func rank(s commandv1.MountReport_Stage) int {
 }
 
 // mergeSwitched takes in what a node says of a switch that is committed for it.
-func mergeSwitched(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
+func mergeSwitched(
+	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
+) bool {
 	have := o.GetReport()
 	if g := m.GetTo().GetGeneration(); g != 0 && g < r.GetGeneration() {
 		return false // of the generation before
@@ -237,10 +249,10 @@ func markSafe(r *commandv1.Reload, p *commandv1.Participant) {
 }
 
 // mergeLate takes a node that was down, or slow, into a record that has ended without it.
-func (e *entry) mergeLate(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
-	switch o.GetVerdict() {
-	case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
-	default:
+func (e *entry) mergeLate(
+	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
+) bool {
+	if !mayConverge(o) {
 		return false
 	}
 	if m.GetStage() == commandv1.MountReport_STAGE_REFUSED && bestEffort(r) {

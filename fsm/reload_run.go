@@ -237,16 +237,21 @@ func (e *entry) commit(r *commandv1.Reload) {
 }
 
 func (e *entry) commitMount(r *commandv1.Reload, t *commandv1.Target, m *commandv1.Mount, last, wide bool) {
-	want := &commandv1.Wanted{Generation: r.GetGeneration(), Spec: t.GetTo(), FreshSince: r.GetGeneration(), ReloadId: r.GetId()}
+	want := &commandv1.Wanted{
+		Generation: r.GetGeneration(), Spec: t.GetTo(), FreshSince: r.GetGeneration(), ReloadId: r.GetId(),
+	}
 	if r.GetToPrevious() {
 		want.FreshSince = m.GetPrevious().GetFreshSince()
 	}
 	for _, p := range r.GetParticipants() {
-		o := findOutcome(p, t.GetMountUuid())
-		if ov := overrideOf(m, p.GetNodeId()); o != nil && ov != nil && ov.GetWanted().GetReloadId() != r.GetId() && p.GetWave() == r.GetWave() {
-			o.Was = ov.GetWanted()
+		if p.GetWave() != r.GetWave() {
+			continue
 		}
-		if out(p) || wide && last || p.GetWave() != r.GetWave() {
+		own := overrideOf(m, p.GetNodeId()).GetWanted()
+		if o := findOutcome(p, t.GetMountUuid()); o != nil && own != nil && own.GetReloadId() != r.GetId() {
+			o.Was = own
+		}
+		if out(p) || wide && last {
 			continue
 		}
 		why := commandv1.Override_WHY_WAVE
@@ -277,14 +282,12 @@ func settled(p *commandv1.Participant) bool {
 
 // judged reports whether every mount of a participant has a verdict that stands.
 func judged(p *commandv1.Participant) bool {
-	for _, o := range p.GetMounts() {
-		switch o.GetVerdict() {
-		case commandv1.Verdict_VERDICT_UNSPECIFIED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
-			return false
-		default:
-		}
-	}
-	return true
+	return !slices.ContainsFunc(p.GetMounts(), openOutcome)
+}
+
+// openOutcome reports whether a mount has no verdict that stands: a switch that failed is tried again.
+func openOutcome(o *commandv1.MountOutcome) bool {
+	return o.GetVerdict() == commandv1.Verdict_VERDICT_UNSPECIFIED || o.GetVerdict() == commandv1.Verdict_VERDICT_FAILED_SWITCH
 }
 
 func (e *entry) decideCommitted(r *commandv1.Reload) {
@@ -319,7 +322,8 @@ func failedSwitch(r *commandv1.Reload) string {
 	for _, p := range r.GetParticipants() {
 		for _, m := range p.GetMounts() {
 			if !out(p) && m.GetVerdict() == commandv1.Verdict_VERDICT_FAILED_SWITCH {
-				return "node " + p.GetName() + " could not switch " + targetPath(r, m.GetMountUuid()) + ": " + m.GetReport().GetCause()
+				return "node " + p.GetName() + " could not switch " + targetPath(r, m.GetMountUuid()) + ": " +
+					m.GetReport().GetCause()
 			}
 		}
 	}

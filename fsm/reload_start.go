@@ -69,7 +69,8 @@ func (e *entry) startReload(c *commandv1.StartReload) error {
 	}
 	r := &commandv1.Reload{
 		Id: c.GetId(), RequestHash: c.GetRequestHash(), Selector: c.GetSelector(), Namespace: c.GetNamespace(),
-		Scope: c.GetScope(), ServingNode: c.GetServingNode(), Options: c.GetOptions(), RequestedBy: trim(c.GetRequestedBy(), maxName),
+		Scope: c.GetScope(), ServingNode: c.GetServingNode(), Options: c.GetOptions(),
+		RequestedBy: trim(c.GetRequestedBy(), maxName),
 		ToPrevious: c.GetToPrevious(), RollsBack: c.GetRollsBack(), LeaderId: c.GetLeaderId(),
 		StartIndex: e.index, StartClockNs: e.clock, PhaseClockNs: e.clock, StartWallMs: e.wallMS,
 	}

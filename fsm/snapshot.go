@@ -40,8 +40,8 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 // Release has nothing to let go.
 func (s *snapshot) Release() {}
 
-// WriteSnapshot writes the state as a stream of length-delimited SnapshotRecord: a header, the rows of each table in key order,
-// and a trailer. Equal states give equal bytes.
+// WriteSnapshot writes the state as a stream of length-delimited SnapshotRecord: a header, the rows of each table in key
+// order, and a trailer. Equal states give equal bytes.
 func (v *View) WriteSnapshot(w io.Writer) error { return v.write(w, false) }
 
 func (v *View) write(w io.Writer, operatorRestore bool) error {

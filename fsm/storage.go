@@ -42,7 +42,8 @@ func (e *entry) writeStorage(c *commandv1.WriteStorage) error {
 	case m == nil:
 		return fault.Text(fault.NotFound, "write storage: no mount %s", trim(c.GetMountUuid(), maxName))
 	case c.GetEpoch() == 0 || c.GetEpoch() != m.GetEpoch():
-		return fault.Text(fault.Stale, "write storage of %s: epoch %d is not current, %d is", m.GetPath(), c.GetEpoch(), m.GetEpoch())
+		return fault.Text(fault.Stale, "write storage of %s: epoch %d is not current, %d is",
+			m.GetPath(), c.GetEpoch(), m.GetEpoch())
 	case c.GetTerm() != m.GetEpochTerm() || c.GetTerm() != e.term:
 		return fault.Text(fault.Stale, "write storage of %s: term %d is not current, the epoch's is %d and the entry's %d",
 			m.GetPath(), c.GetTerm(), m.GetEpochTerm(), e.term)

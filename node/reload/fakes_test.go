@@ -472,7 +472,7 @@ func (r *fakeRoutes) request(ctx context.Context, uuid string, took time.Duratio
 	s.mu.Lock()
 	floor := s.done[uuid]
 	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second+took)
 	defer cancel()
 	r.mu.Lock()
 	rt := r.route(uuid)

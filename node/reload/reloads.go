@@ -136,13 +136,14 @@ func (r *Reloads) watch() {
 			r.observe(v, running)
 			r.outbox.wakeUp()
 		}
+		// Under a write load entries come by the thousand: one look for all that came within the quantum. With many mounts
+		// a look takes longer, and there are fewer of them: at most a tenth of a core goes into looking.
+		pause := min(max(quantum, 10*time.Since(from)), 50*time.Millisecond)
 		select {
 		case <-r.ctx.Done():
 			return
 		case <-changed:
-			// Under a write load entries come by the thousand: one look for all that came within the quantum. With many
-			// mounts a look takes longer, and there are fewer of them: at most a tenth of a core goes into looking.
-			if !sleep(r.ctx, min(max(quantum, 10*time.Since(from)), 50*time.Millisecond)) {
+			if !sleep(r.ctx, pause) {
 				return
 			}
 		case <-roles:

@@ -38,8 +38,8 @@ proto-baseline: ## record proto/ as what must stay readable (at a release)
 	$(BUF) build --path command --path peer -o baseline.binpb
 
 .PHONY: plugins
-plugins: ## build the sample plugins
-	deploy/plugins/build
+plugins: ## build the sample plugins into bin/plugins
+	deploy/plugins/build bin/plugins
 
 .PHONY: image
 image: ## build the container image rollcall:dev; nothing is pulled

@@ -35,7 +35,7 @@ const (
 // The plugin and its two versions, as deploy/plugins/build names the files.
 const (
 	oldVersion, newVersion = "v0.24.1", "v0.25.0"
-	commandPrefix          = "vault-plugin-secrets-kv-"
+	commandPrefix          = "kv-"
 )
 
 // cluster is the composed one.

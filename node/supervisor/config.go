@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"rollcall/node/fault"
+	"rollcall/node/supervisor/internal/proc"
 )
 
 // Fetcher gets plugin bytes from another node. Fetch writes the bytes whose hash is sha256 to w; they are verified here.
@@ -59,8 +60,15 @@ type Config struct {
 	LogBytesPerSecond int
 	// PassEnv names variables of the host's environment that plugins get. Default: none.
 	PassEnv []string
-	// UID and GID are what plugins run as, when UID is not 0. The host must be allowed to change them.
+	// UID and GID are what plugins run as, when UID is not 0. The host must be allowed to change them, and every directory
+	// above SocketDir must be passable for them.
 	UID, GID uint32
+	// Cgroup is a cgroup v2 directory that the host may write; each process gets one below it and is killed with it, with
+	// everything that descends from it. Default: none, and what a plugin leaves behind is found by its environment.
+	Cgroup string
+	// MemoryMax and PidsMax bound each process in its cgroup, in bytes and in threads. 0: MemoryMax none, PidsMax 4096.
+	MemoryMax int64
+	PidsMax   int
 	// PlainRPC turns off mutual TLS between host and plugins. It costs a start 16-35 ms and a request nothing measurable.
 	PlainRPC bool
 	// NoMemfd executes from the content store even where sealed memory files are to be had.
@@ -95,6 +103,14 @@ func (c *Config) Validate() error {
 			return bad(name, "it is negative")
 		}
 	}
+	if c.MemoryMax < 0 || c.PidsMax < 0 {
+		return bad("MemoryMax, PidsMax", "one of them is negative")
+	}
+	if c.Cgroup != "" {
+		if err := proc.CheckCgroup(c.Cgroup); err != nil {
+			return bad("Cgroup", c.Cgroup+": "+err.Error())
+		}
+	}
 	if c.GoMemLimit < 0 || c.MaxReply < 0 || c.MaxBinary < 0 || c.LogBytesPerSecond < 0 {
 		return bad("sizes", "one of GoMemLimit, MaxReply, MaxBinary and LogBytesPerSecond is negative")
 	}
@@ -118,6 +134,9 @@ func (c *Config) setDefaults() {
 	}
 	if c.MaxReply == 0 {
 		c.MaxReply = 64 << 20
+	}
+	if c.PidsMax == 0 {
+		c.PidsMax = 4096
 	}
 	if c.MaxBinary == 0 {
 		c.MaxBinary = 1 << 30

@@ -44,6 +44,8 @@ func (l *launch) explain(ctx, limit context.Context, err error) *StartError {
 func (l *launch) explainSpawn(err error) string {
 	what := l.spec.Command + " could not be executed: "
 	switch {
+	case strings.HasPrefix(err.Error(), "make a cgroup"):
+		return err.Error()
 	case errors.Is(err, syscall.ENOEXEC):
 		return what + "the kernel does not know its format (another machine, or damaged)"
 	case errors.Is(err, syscall.EACCES) && !l.img.Sealed && proc.NoExec(l.img.Path()):
@@ -128,7 +130,7 @@ func lastLine(stderr []string) string {
 	}
 	from := max(0, len(stderr)-3)
 	for i, line := range stderr {
-		if strings.HasPrefix(line, "panic: ") || strings.HasPrefix(line, "fatal error: ") {
+		if isPanic(line) {
 			from = i
 			break
 		}

@@ -113,10 +113,10 @@ func (o *output) emit(line []byte) {
 		return
 	}
 	text := printable(string(line))
-	o.remember(text)
-	if strings.HasPrefix(text, "panic: ") || strings.HasPrefix(text, "fatal error: ") {
-		o.panics = true
+	if !o.panics && isPanic(text) {
+		o.panics, o.tail = true, nil // these are the last words
 	}
+	o.remember(text)
 	level := slog.LevelDebug
 	if o.panics {
 		level = slog.LevelError
@@ -124,12 +124,22 @@ func (o *output) emit(line []byte) {
 	o.log.LogAttrs(context.Background(), level, text, slog.String("stream", o.stream))
 }
 
+// isPanic reports whether a line begins the last words of a Go program.
+func isPanic(line string) bool {
+	for _, p := range []string{"panic: ", "fatal error: ", "SIGSEGV: ", "SIGBUS: ", "SIGABRT: ", "SIGILL: ", "SIGFPE: ", "SIGQUIT: "} {
+		if strings.HasPrefix(line, p) {
+			return true
+		}
+	}
+	return false
+}
+
 func (o *output) remember(text string) {
 	if len(text) > tailWidth {
 		text = text[:tailWidth] + "..."
 	}
 	if len(o.tail) == tailLines {
-		// The first line of a panic says more than the depth of its stack.
+		// The first lines of a panic say more than the depth of its stack.
 		if o.panics {
 			return
 		}

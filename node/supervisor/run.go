@@ -27,6 +27,7 @@ type run struct {
 	cmd    *exec.Cmd
 	tmpDir string
 	owner  string // the ownerVariable of this process
+	cgroup *proc.Cgroup
 	stdout *output
 	stderr *output
 	first  *firstLine
@@ -51,23 +52,32 @@ var _ runner.Runner = (*run)(nil)
 
 // Start is called by go-plugin, once.
 func (r *run) Start(context.Context) error {
-	outR, outW, err := os.Pipe()
+	err := r.spawn()
 	if err != nil {
 		r.spawnErr = err
+		r.endCgroup()
+	}
+	return err
+}
+
+func (r *run) spawn() error {
+	outR, outW, err := os.Pipe()
+	if err != nil {
 		return err
 	}
 	errR, errW, err := os.Pipe()
 	if err != nil {
 		_, _ = outR.Close(), outW.Close()
-		r.spawnErr = err
 		return err
+	}
+	if r.cgroup != nil {
+		r.cgroup.Attach(r.cmd)
 	}
 	r.cmd.Stdin, r.cmd.Stdout, r.cmd.Stderr = nil, outW, errW // a nil Stdin is /dev/null
 	err = r.s.spawner.Start(r.cmd)
 	_, _ = outW.Close(), errW.Close()
 	if err != nil {
 		_, _ = outR.Close(), errR.Close()
-		r.spawnErr = err
 		return err
 	}
 	r.mu.Lock()
@@ -93,6 +103,7 @@ func (r *run) watch(outR, errR *os.File) {
 		r.mu.Unlock()
 		close(r.exited)
 	})
+	r.endCgroup()
 	if n := proc.KillMarked(r.owner, r.s.cfg.PipeTimeout); n > 0 {
 		r.s.metrics.orphans.Add(float64(n))
 		r.stderr.log.Warn("killed processes that the plugin had left behind", "count", n)
@@ -109,6 +120,12 @@ func (r *run) watch(outR, errR *os.File) {
 	r.mu.Unlock()
 	close(r.reaped)
 	r.first.end()
+}
+
+func (r *run) endCgroup() {
+	if r.cgroup != nil {
+		r.cgroup.End()
+	}
 }
 
 // signal does f to the process unless it has ended: its pid is not anybody else's then.

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 
 	"rollcall/node/fault"
 	"rollcall/node/supervisor/internal/content"
+	"rollcall/node/supervisor/internal/proc"
 	pluginpb "rollcall/proto/plugin"
 )
 
@@ -236,8 +238,15 @@ func (l *launch) newRun(_ hclog.Logger, template *exec.Cmd, tmpDir string) (runn
 	cmd := &exec.Cmd{
 		Path: l.img.Path(),
 		Args: append([]string{filepath.Base(l.spec.Command)}, l.spec.Args...),
-		Env:  l.env(template.Env, tmpDir, owner),
+		Env:  l.env(template.Env, tmpDir, ownerVariable+owner),
 		Dir:  "/",
+	}
+	var group *proc.Cgroup
+	if l.s.cfg.Cgroup != "" {
+		var err error
+		if group, err = proc.NewCgroup(l.s.cfg.Cgroup, cgroupPrefix+owner, l.s.cfg.MemoryMax, l.s.cfg.PidsMax); err != nil {
+			return nil, fmt.Errorf("make a cgroup in %s: %w", l.s.cfg.Cgroup, err)
+		}
 	}
 	if l.s.cfg.UID != 0 {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: l.s.cfg.UID, Gid: l.s.cfg.GID}}
@@ -245,7 +254,7 @@ func (l *launch) newRun(_ hclog.Logger, template *exec.Cmd, tmpDir string) (runn
 	log := l.logger()
 	rate := l.s.cfg.LogBytesPerSecond
 	r := &run{
-		s: l.s, cmd: cmd, tmpDir: tmpDir, owner: owner, first: newFirstLine(),
+		s: l.s, cmd: cmd, tmpDir: tmpDir, owner: ownerVariable + owner, cgroup: group, first: newFirstLine(),
 		stdout: newOutput(log, "stdout", rate, l.s.dropped), stderr: newOutput(log, "stderr", rate, l.s.dropped),
 		exited: make(chan struct{}), reaped: make(chan struct{}),
 	}

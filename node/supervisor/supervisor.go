@@ -26,6 +26,9 @@ import (
 // ownerVariable marks every process that descends from a plugin with the host that it belongs to.
 const ownerVariable = "ROLLCALL_PLUGIN_OWNER="
 
+// cgroupPrefix begins the names of the cgroups that are made here.
+const cgroupPrefix = "rollcall-"
+
 // reapEvery is how often orphans that ended are collected. They cost a table entry each until then.
 const reapEvery = 2 * time.Second
 
@@ -37,7 +40,7 @@ type Supervisor struct {
 	spawner *proc.Spawner
 	metrics *metrics
 	sockets socketDir
-	owner   string // what ownerVariable says, without the process's own part
+	owner   string // names this host; ownerVariable and names of cgroups add a process to it
 	slots   chan struct{}
 
 	mu        sync.Mutex
@@ -77,12 +80,15 @@ func New(cfg Config) (*Supervisor, error) {
 		cfg.Logger.Warn("cannot adopt orphans of plugins: some may be left when a plugin that forked ends", "error", err)
 	}
 	home := homeID(cfg.DataDir) + ":"
+	if cfg.Cgroup != "" {
+		proc.SweepCgroups(cfg.Cgroup, cgroupPrefix+home, hostIsGone)
+	}
 	if n := proc.Sweep(ownerVariable+home, hostIsGone); n > 0 {
 		cfg.Logger.Warn("killed processes that plugins of an earlier run had left behind", "count", n)
 	}
 	s := &Supervisor{
 		cfg: cfg, log: cfg.Logger, store: store, spawner: proc.NewSpawner(), metrics: newMetrics(cfg.Registerer), sockets: sockets,
-		owner:     fmt.Sprintf("%s%s%d:%d:", ownerVariable, home, os.Getpid(), proc.StartTime(os.Getpid())),
+		owner:     fmt.Sprintf("%s%d:%d:", home, os.Getpid(), proc.StartTime(os.Getpid())),
 		slots:     make(chan struct{}, startSlots),
 		processes: map[*Process]struct{}{},
 	}
@@ -217,6 +223,9 @@ func newSocketDir(cfg Config) (socketDir, error) {
 	if err := os.MkdirAll(base, 0o755); err != nil { //nolint:gosec // only what is inside is private
 		return socketDir{}, fault.As(fault.Internal, err, "make socket directory", base)
 	}
+	if err := passable(base, cfg); err != nil {
+		return socketDir{}, err
+	}
 	old, _ := filepath.Glob(filepath.Join(base, "rcp-*", "lock"))
 	for _, path := range old {
 		if f, ok := tryLock(path); ok {
@@ -247,6 +256,24 @@ func newSocketDir(cfg Config) (socketDir, error) {
 	}
 	d.lock = f
 	return d, nil
+}
+
+// passable tells whether plugins that run as another user can get at their sockets.
+func passable(dir string, cfg Config) error {
+	for d := filepath.Clean(dir); cfg.UID != 0; d = filepath.Dir(d) {
+		info, err := os.Stat(d)
+		if err != nil {
+			return fault.As(fault.Internal, err, "check socket directory", d)
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().Perm()&0o001 == 0 && st.Uid != cfg.UID {
+			return fault.New(fault.Invalid, "check socket directory", dir,
+				"plugins run as uid %d, which may not pass %s (mode %s); configure another SocketDir", cfg.UID, d, info.Mode().Perm())
+		}
+		if d == filepath.Dir(d) {
+			break
+		}
+	}
+	return nil
 }
 
 func tryLock(path string) (*os.File, bool) {

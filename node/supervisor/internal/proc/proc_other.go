@@ -3,6 +3,7 @@
 package proc
 
 import (
+	"errors"
 	"os/exec"
 	"syscall"
 	"time"
@@ -50,3 +51,21 @@ func Sweep(string, func(string) bool) int { return 0 }
 
 // NoExec is not known here.
 func NoExec(string) bool { return false }
+
+// Cgroup is not to be had here.
+type Cgroup struct{}
+
+// CheckCgroup always fails here.
+func CheckCgroup(string) error { return errors.ErrUnsupported }
+
+// NewCgroup always fails here.
+func NewCgroup(string, string, int64, int) (*Cgroup, error) { return nil, errors.ErrUnsupported }
+
+// Attach does nothing here.
+func (*Cgroup) Attach(*exec.Cmd) {}
+
+// End does nothing here.
+func (*Cgroup) End() {}
+
+// SweepCgroups does nothing here.
+func SweepCgroups(string, string, func(string) bool) {}

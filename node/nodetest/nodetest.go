@@ -1,0 +1,227 @@
+// Package nodetest runs whole clusters in one process for tests: the real nodes over loopback, with real plugin
+// processes that are copies of the test binary.
+package nodetest
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"rollcall/node"
+	"rollcall/node/api"
+	"rollcall/node/telemetry"
+	"rollcall/proto/plugin/demoplugin"
+)
+
+// pluginArg makes the test binary a plugin.
+const pluginArg = "nodetest-plugin"
+
+// PluginCommand is the file name of the test plugin in a cluster's plugin directory.
+const PluginCommand = "test-plugin"
+
+// Main is what TestMain calls: it turns the process into a plugin when a node started it as one.
+func Main(m *testing.M) int {
+	if len(os.Args) > 1 && os.Args[1] == pluginArg {
+		return demoplugin.Main(os.Args[2:], os.Stderr)
+	}
+	return m.Run()
+}
+
+// Cluster is a local cluster under test, with a client for each node.
+type Cluster struct {
+	*node.Local
+	t       testing.TB
+	Plugins string
+	Sum     string
+	dir     string
+	log     *logs
+}
+
+// logs keeps the nodes' log and shows it when the test has failed.
+type logs struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+// maxLog bounds what is kept of the log: the newest.
+const maxLog = 4 << 20
+
+func (l *logs) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.buf = append(l.buf, p...)
+	if len(l.buf) > maxLog {
+		l.buf = slices.Clone(l.buf[len(l.buf)-maxLog/2:])
+	}
+	return len(p), nil
+}
+
+// Start starts a cluster of n nodes and stops it at the end of the test. change may adapt a node; it may be nil.
+func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.Options)) *Cluster {
+	t.Helper()
+	// A unix socket's path has 107 bytes, and a test's own directory is too deep for that.
+	dir, err := os.MkdirTemp("", "rc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Cluster{t: t, dir: dir, Plugins: filepath.Join(dir, "plugins"), log: &logs{}}
+	t.Cleanup(func() {
+		_ = os.RemoveAll(dir)
+		if t.Failed() {
+			t.Logf("the nodes' log:\n%s", c.log.buf)
+		}
+	})
+	c.Sum = installPlugin(t, c.Plugins)
+	logger, err := telemetry.NewLogger(c.log, "text", slog.LevelDebug)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c.Local, err = node.StartLocal(ctx, node.LocalOptions{Nodes: n, Dir: dir, PluginDir: c.Plugins, Logger: logger, Change: change})
+	if err != nil {
+		t.Fatalf("start %d nodes: %v\n%s", n, err, c.log.buf)
+	}
+	t.Cleanup(func() {
+		stop, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 30*time.Second)
+		defer cancel()
+		if err := c.Stop(stop); err != nil {
+			t.Errorf("stop the cluster: %v", err)
+		}
+	})
+	return c
+}
+
+func installPlugin(t testing.TB, dir string) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, PluginCommand), raw, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// Client calls node i.
+func (c *Cluster) Client(i int) *api.Client {
+	c.t.Helper()
+	client, err := api.New(api.Config{Addresses: []string{c.Node(i).APIAddress()}, Token: c.Token})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(client.Close)
+	return client
+}
+
+// Register enters a version of the test plugin, with arguments of package demoplugin.
+func (c *Cluster) Register(name, version string, args ...string) {
+	c.t.Helper()
+	_, err := c.Client(0).RegisterPlugin(c.t.Context(), "secret", name, api.RegisterRequest{
+		SHA256: c.Sum, Version: version, Command: PluginCommand,
+		Args: append([]string{pluginArg, "-version", version}, args...),
+	})
+	if err != nil {
+		c.t.Fatalf("register %s %s: %v", name, version, err)
+	}
+}
+
+// Enable mounts a plugin and waits until every node serves it.
+func (c *Cluster) Enable(path, name, version string) {
+	c.t.Helper()
+	err := c.Client(0).Enable(c.t.Context(), "secret", path, api.MountInput{
+		Type: name, Config: &api.MountConfigInput{PluginVersion: version},
+	})
+	if err != nil {
+		c.t.Fatalf("enable %s: %v", path, err)
+	}
+	c.Serving()
+}
+
+// Serving waits until every running node serves.
+func (c *Cluster) Serving() {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	defer cancel()
+	if err := c.Wait(ctx); err != nil {
+		c.t.Fatalf("wait for the cluster to serve: %v", err)
+	}
+}
+
+// Reload starts a reload through node i and returns its record when it has ended.
+func (c *Cluster) Reload(i int, req api.ReloadRequest) *api.Reload {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
+	defer cancel()
+	client := c.Client(i)
+	resp, _, err := client.Reload(ctx, "", req)
+	if err != nil {
+		c.t.Fatalf("reload: %v", err)
+	}
+	rec, err := client.WaitReload(ctx, resp.ReloadID, api.Watcher{})
+	if err != nil {
+		c.t.Fatalf("wait for reload %s: %v (%+v)", resp.ReloadID, err, rec)
+	}
+	return rec
+}
+
+// Eventually tries f until it is nil; it fails the test with the last error.
+func (c *Cluster) Eventually(within time.Duration, what string, f func() error) {
+	c.t.Helper()
+	deadline := time.Now().Add(within)
+	for {
+		err := f()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			c.t.Fatalf("%s: not within %v: %v", what, within, err)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
+// PluginProcesses are the processes on this machine that were started as this cluster's plugins.
+func (c *Cluster) PluginProcesses() []string {
+	var out []string
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, d := range dirs {
+		line, err := os.ReadFile(filepath.Join(d, "cmdline"))
+		if err != nil || !strings.Contains(string(line), "\x00"+pluginArg+"\x00") {
+			continue
+		}
+		env, err := readSome(filepath.Join(d, "environ"))
+		if err == nil && strings.Contains(env, c.dir) {
+			out = append(out, filepath.Base(d)+" "+strings.ReplaceAll(string(line), "\x00", " "))
+		}
+	}
+	return out
+}
+
+func readSome(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	return string(raw), err
+}

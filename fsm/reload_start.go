@@ -71,7 +71,7 @@ func (e *entry) startReload(c *commandv1.StartReload) error {
 		Id: c.GetId(), RequestHash: c.GetRequestHash(), Selector: c.GetSelector(), Namespace: c.GetNamespace(),
 		Scope: c.GetScope(), ServingNode: c.GetServingNode(), Options: c.GetOptions(),
 		RequestedBy: trim(c.GetRequestedBy(), maxName),
-		ToPrevious: c.GetToPrevious(), RollsBack: c.GetRollsBack(), LeaderId: c.GetLeaderId(),
+		ToPrevious:  c.GetToPrevious(), RollsBack: c.GetRollsBack(), LeaderId: c.GetLeaderId(),
 		StartIndex: e.index, StartClockNs: e.clock, PhaseClockNs: e.clock, StartWallMs: e.wallMS,
 	}
 	if r.Options == nil {

@@ -55,6 +55,8 @@ func (c *cluster) run(limit time.Duration, name string, args ...string) ([]byte,
 	cmd.WaitDelay = 5 * time.Second
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	began := time.Now()
+	defer func() { c.t.Logf("%s %s: %s", name, strings.Join(args, " "), time.Since(began).Round(time.Millisecond)) }()
 	if err := cmd.Run(); err != nil {
 		return stdout.Bytes(), fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, stderr.String())
 	}

@@ -1,0 +1,8 @@
+//go:build e2e
+
+package e2e
+
+import "runtime"
+
+// foreignArch is an architecture that is not this machine's.
+var foreignArch = map[bool]string{true: "amd64", false: "arm64"}[runtime.GOARCH == "arm64"]

@@ -1,0 +1,461 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"rollcall/node/api"
+)
+
+// loadOptions say what a load sends to a KV v2 mount.
+type loadOptions struct {
+	mount string // without slashes
+	// writers own keys of their own; hot writers all count up one key by compare and set; readers read both.
+	writers, hot, readers int
+	// keys is how many keys a writer owns; default 8.
+	keys int
+	// pace is a client's pause between requests; 0 sends the next one at once.
+	pace time.Duration
+	// excused says which failures are not the cluster's: what was sent to a node that the test killed.
+	excused func(*server) bool
+}
+
+// load is clients that write and read through every node, and hold what is answered against what was acknowledged.
+//
+// Nothing acknowledged may be lost: every write is a compare-and-set on the version that the write before it was
+// acknowledged with, so each acknowledgement is checked by the next one, and the last by a read. On the hot key, the
+// value counts the acknowledgements.
+type load struct {
+	c      *cluster
+	opt    loadOptions
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu  sync.Mutex
+	sum loadSum
+	own []*ownKey
+	// acknowledged is what any client was told of a key: a reader of the same node may see no less, and no more than
+	// what was tried.
+	hotAcked, hotUnknown int
+}
+
+// loadSum counts what happened.
+type loadSum struct {
+	acked, reads, conflicts     int // compare-and-set that others won is no failure
+	failed, excused             int
+	lost, backwards, staleReads int
+	trouble                     []string // the first few of what must not be
+}
+
+func (s loadSum) String() string {
+	return fmt.Sprintf("%d acknowledged writes, %d reads, %d lost races on the hot key; %d failed, %d excused, %d lost, "+
+		"%d answered by an older generation, %d reads behind the client's own writes",
+		s.acked, s.reads, s.conflicts, s.failed, s.excused, s.lost, s.backwards, s.staleReads)
+}
+
+// ownKey is a key that one writer alone writes; it belongs to that writer's goroutine until the load has stopped.
+type ownKey struct {
+	name string
+	// acked is the last acknowledged version, unknown how many writes after it had no definite answer.
+	acked, tried int
+	unknown      bool
+	value        string // of the acknowledged version
+}
+
+// startLoad starts the clients and returns when every one of them has had an answer.
+func startLoad(c *cluster, opt loadOptions) *load {
+	c.t.Helper()
+	if opt.keys == 0 {
+		opt.keys = 8
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &load{c: c, opt: opt, cancel: cancel}
+	c.t.Cleanup(func() { cancel(); l.wg.Wait() })
+	n := 0
+	spawn := func(count int, run func(*loader, context.Context, int)) {
+		for i := range count {
+			s := c.nodes[n%len(c.nodes)]
+			n++
+			cl := &loader{l: l, s: s, seen: map[string]uint64{}, version: map[string]int{}, http: &http.Client{
+				Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: 60 * time.Second,
+			}}
+			l.wg.Go(func() {
+				defer cl.http.CloseIdleConnections()
+				run(cl, ctx, i)
+			})
+		}
+	}
+	spawn(opt.writers, (*loader).write)
+	spawn(opt.hot, (*loader).count)
+	spawn(opt.readers, (*loader).read)
+	l.atLeast(2 * (opt.writers + opt.hot))
+	return l
+}
+
+// snapshot is the sum so far.
+func (l *load) snapshot() loadSum {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.sum
+	s.trouble = append([]string(nil), s.trouble...)
+	return s
+}
+
+// atLeast waits until so many more writes have been acknowledged.
+func (l *load) atLeast(more int) {
+	l.c.t.Helper()
+	want := l.snapshot().acked + more
+	until(l.c.t, 5*time.Minute, fmt.Sprintf("%d more acknowledged writes", more), func() error {
+		s := l.snapshot()
+		if s.acked < want && len(s.trouble) < troubles {
+			return fmt.Errorf("%s; %q", s, s.trouble)
+		}
+		return nil
+	})
+}
+
+// stop ends the clients and reads back what they were acknowledged through every live node.
+func (l *load) stop() loadSum {
+	l.c.t.Helper()
+	l.cancel()
+	l.wg.Wait()
+	for _, s := range l.c.live() {
+		l.readBack(s)
+	}
+	return l.snapshot()
+}
+
+// readBack holds what a node answers now against everything that was acknowledged.
+func (l *load) readBack(s *server) {
+	l.c.t.Helper()
+	cl := &loader{l: l, s: s, seen: map[string]uint64{}, version: map[string]int{}, http: http.DefaultClient}
+	ctx := timeout(l.c.t, long)
+	for _, k := range l.own {
+		if k.tried == 0 {
+			continue
+		}
+		var got kvValue
+		if err := within(short, func() (err error) { got, _, err = cl.get(ctx, k.name); return err }); err != nil {
+			l.note(fmt.Sprintf("read back %s from %s: %v", k.name, s.name, err), func(s *loadSum) { s.failed++ })
+			continue
+		}
+		if got.version < k.acked || got.version == k.acked && got.value != k.value || !k.unknown && got.version != k.acked {
+			l.note(fmt.Sprintf("%s on %s is %+v, acknowledged was version %d %q", k.name, s.name, got, k.acked, k.value),
+				func(s *loadSum) { s.lost++ })
+		}
+	}
+	if l.opt.hot == 0 {
+		return
+	}
+	var hot kvValue
+	if err := within(short, func() (err error) { hot, _, err = cl.get(ctx, hotKey); return err }); err != nil {
+		l.note(fmt.Sprintf("read back the hot key from %s: %v", s.name, err), func(s *loadSum) { s.failed++ })
+		return
+	}
+	n, err := strconv.Atoi(hot.value)
+	if err != nil || n < l.hotAcked || n > l.hotAcked+l.hotUnknown || hot.version != n {
+		l.note(fmt.Sprintf("the hot key on %s is %+v after %d acknowledged and %d unknown increments",
+			s.name, hot, l.hotAcked, l.hotUnknown), func(s *loadSum) { s.lost++ })
+	}
+}
+
+// troubles is how many texts are kept.
+const troubles = 12
+
+func (l *load) note(text string, f func(*loadSum)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f(&l.sum)
+	if text != "" && len(l.sum.trouble) < troubles {
+		l.sum.trouble = append(l.sum.trouble, time.Now().UTC().Format("15:04:05.000 ")+text)
+	}
+}
+
+// clean fails the test unless nothing failed, nothing was lost and nothing went back.
+func (s loadSum) clean(t testing.TB, atLeast int) {
+	t.Helper()
+	t.Log(s)
+	if s.failed+s.lost+s.backwards+s.staleReads > 0 {
+		t.Errorf("%s\n%s", s, strings.Join(s.trouble, "\n"))
+	}
+	if s.acked < atLeast {
+		t.Errorf("%d acknowledged writes are too few to mean anything; wanted %d", s.acked, atLeast)
+	}
+}
+
+// loader is one client of one node, on one connection.
+type loader struct {
+	l       *load
+	s       *server
+	http    *http.Client
+	seen    map[string]uint64 // by answering node: the newest generation
+	version map[string]int    // by key: the newest version that this client knows of
+}
+
+// kvValue is what KV v2 says of a key; version 0 is no key.
+type kvValue struct {
+	version int
+	value   string
+}
+
+// hotKey is counted up by every hot writer.
+const hotKey = "hot"
+
+func (c *loader) pause(ctx context.Context) bool {
+	if c.l.opt.pace <= 0 {
+		return ctx.Err() == nil
+	}
+	t := time.NewTimer(c.l.opt.pace/2 + rand.N(c.l.opt.pace))
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// failed counts a request that should have worked.
+func (c *loader) failed(what string, err error) {
+	if c.l.opt.excused != nil && c.l.opt.excused(c.s) {
+		c.l.note("", func(s *loadSum) { s.excused++ })
+		time.Sleep(50 * time.Millisecond)
+		return
+	}
+	c.l.note(fmt.Sprintf("%s through %s: %v", what, c.s.name, err), func(s *loadSum) { s.failed++ })
+	time.Sleep(10 * time.Millisecond)
+}
+
+// write writes the client's own keys in turn, each on the version before.
+func (c *loader) write(ctx context.Context, i int) {
+	var keys []*ownKey
+	for k := range c.l.opt.keys {
+		keys = append(keys, &ownKey{name: fmt.Sprintf("own/%d/%d", i, k)})
+	}
+	c.l.mu.Lock()
+	c.l.own = append(c.l.own, keys...)
+	c.l.mu.Unlock()
+	for n := 1; c.pause(ctx); n++ {
+		k := keys[n%len(keys)]
+		if k.unknown && !c.resolve(ctx, k) {
+			continue
+		}
+		value := fmt.Sprintf("%d.%d", i, n)
+		k.tried++
+		version, outcome, err := c.put(ctx, k.name, value, k.acked)
+		switch outcome {
+		case acknowledged:
+			if version != k.acked+1 {
+				c.l.note(fmt.Sprintf("write %s on version %d was acknowledged as version %d", k.name, k.acked, version),
+					func(s *loadSum) { s.lost++ })
+			}
+			k.acked, k.value = version, value
+			c.version[k.name] = version
+			c.l.note("", func(s *loadSum) { s.acked++ })
+		case lostRace: // nobody else writes this key: what was acknowledged is not there
+			c.l.note(fmt.Sprintf("write %s through %s on the acknowledged version %d: %v", k.name, c.s.name, k.acked, err),
+				func(s *loadSum) { s.lost++ })
+			k.unknown = true
+		case unknown:
+			k.unknown = true
+			if ctx.Err() != nil {
+				return // it was cut off by the end of the load
+			}
+			c.failed("write "+k.name, err)
+		case refused:
+			if ctx.Err() != nil {
+				return
+			}
+			c.failed("write "+k.name, err)
+		}
+	}
+}
+
+// resolve finds out what became of a write without an answer, by a read that may be behind but never ahead: the write
+// after it, on the version that was read, decides.
+func (c *loader) resolve(ctx context.Context, k *ownKey) bool {
+	got, _, err := c.get(ctx, k.name)
+	if err != nil {
+		if ctx.Err() == nil {
+			c.failed("read "+k.name, err)
+		}
+		return false
+	}
+	if got.version < k.acked {
+		c.l.note(fmt.Sprintf("%s is version %d after version %d was acknowledged", k.name, got.version, k.acked),
+			func(s *loadSum) { s.lost++ })
+	}
+	k.acked, k.value, k.unknown = got.version, got.value, false
+	return true
+}
+
+// count counts the hot key up: read, add one, write on the version that was read.
+func (c *loader) count(ctx context.Context, _ int) {
+	for c.pause(ctx) {
+		got, _, err := c.get(ctx, hotKey)
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			c.failed("read the hot key", err)
+			continue
+		}
+		n := 0
+		if got.version > 0 {
+			if n, err = strconv.Atoi(got.value); err != nil || n != got.version {
+				c.l.note(fmt.Sprintf("the hot key holds %+v", got), func(s *loadSum) { s.lost++ })
+				return
+			}
+		}
+		version, outcome, err := c.put(ctx, hotKey, strconv.Itoa(n+1), got.version)
+		switch outcome {
+		case acknowledged:
+			c.l.note("", func(s *loadSum) { s.acked++; c.l.hotAcked++ })
+			c.version[hotKey] = version
+		case lostRace:
+			c.l.note("", func(s *loadSum) { s.conflicts++ })
+		case unknown, refused:
+			if outcome == unknown {
+				c.l.note("", func(*loadSum) { c.l.hotUnknown++ })
+			}
+			if ctx.Err() != nil {
+				return
+			}
+			c.failed("write the hot key", err)
+		}
+	}
+}
+
+// read reads the hot key and writers' keys in turn.
+func (c *loader) read(ctx context.Context, i int) {
+	for n := i; c.pause(ctx); n++ {
+		key := hotKey
+		if n%3 != 0 && c.l.opt.writers > 0 || c.l.opt.hot == 0 {
+			key = fmt.Sprintf("own/%d/%d", n%max(1, c.l.opt.writers), n/7%c.l.opt.keys)
+		}
+		if _, _, err := c.get(ctx, key); err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			c.failed("read "+key, err)
+			continue
+		}
+	}
+}
+
+// outcome of a write.
+type outcome int
+
+const (
+	acknowledged outcome = iota
+	lostRace             // the version was not the one that is there
+	refused              // it certainly did not run
+	unknown              // nobody knows
+)
+
+func (c *loader) put(ctx context.Context, key, value string, on int) (version int, o outcome, err error) {
+	body, err := json.Marshal(map[string]any{"data": map[string]string{"v": value}, "options": map[string]int{"cas": on}})
+	if err != nil {
+		return 0, refused, err
+	}
+	status, raw, err := c.call(ctx, http.MethodPost, key, string(body))
+	switch {
+	case err != nil:
+		return 0, unknown, err
+	case status == http.StatusBadRequest && strings.Contains(string(raw), "check-and-set"):
+		return 0, lostRace, fmt.Errorf("%d %s", status, raw)
+	case status == http.StatusServiceUnavailable || status == http.StatusTooManyRequests:
+		return 0, refused, fmt.Errorf("%d %s", status, raw)
+	case status != http.StatusOK:
+		return 0, unknown, fmt.Errorf("%d %s", status, raw)
+	}
+	var env struct {
+		Data struct {
+			Version int `json:"version"`
+		} `json:"data"`
+	}
+	if err := json.Unmarshal(raw, &env); err != nil || env.Data.Version == 0 {
+		return 0, unknown, fmt.Errorf("acknowledged without a version: %s", raw)
+	}
+	return env.Data.Version, acknowledged, nil
+}
+
+// get reads a key, and holds its version against the newest that this client knows of.
+func (c *loader) get(ctx context.Context, key string) (kvValue, bool, error) {
+	status, raw, err := c.call(ctx, http.MethodGet, key, "")
+	if err != nil {
+		return kvValue{}, false, err
+	}
+	var got kvValue
+	switch status {
+	case http.StatusOK:
+		var env struct {
+			Data struct {
+				Data     map[string]string `json:"data"`
+				Metadata struct {
+					Version int `json:"version"`
+				} `json:"metadata"`
+			} `json:"data"`
+		}
+		if err := json.Unmarshal(raw, &env); err != nil {
+			return kvValue{}, false, err
+		}
+		got = kvValue{env.Data.Metadata.Version, env.Data.Data["v"]}
+	case http.StatusNotFound:
+		if !strings.Contains(string(raw), `"errors":[]`) {
+			return kvValue{}, false, fmt.Errorf("%d %s", status, raw)
+		}
+	default:
+		return kvValue{}, false, fmt.Errorf("%d %s", status, raw)
+	}
+	c.l.note("", func(s *loadSum) { s.reads++ })
+	if got.version < c.version[key] {
+		c.l.note(fmt.Sprintf("%s answered version %d of %s after version %d", c.s.name, got.version, key, c.version[key]),
+			func(s *loadSum) { s.staleReads++ })
+	}
+	c.version[key] = max(c.version[key], got.version)
+	return got, got.version > 0, nil
+}
+
+// call sends one request, and watches that no node answers with an older generation than it did before.
+func (c *loader) call(ctx context.Context, method, key, body string) (int, []byte, error) {
+	url := c.s.url() + "/v1/" + c.l.opt.mount + "/data/" + key
+	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
+	if err != nil {
+		return 0, nil, err
+	}
+	if body == "" {
+		req.Body = nil
+		req.ContentLength = 0
+	}
+	req.Header.Set(api.HeaderToken, c.l.c.token)
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	if err != nil {
+		return 0, nil, err
+	}
+	if g, err := strconv.ParseUint(resp.Header.Get(api.HeaderGeneration), 10, 64); err == nil {
+		node := resp.Header.Get(api.HeaderNode)
+		if g < c.seen[node] {
+			c.l.note(fmt.Sprintf("%s answered with generation %d after %d", node, g, c.seen[node]),
+				func(s *loadSum) { s.backwards++ })
+		}
+		c.seen[node] = max(c.seen[node], g)
+	}
+	return resp.StatusCode, raw, nil
+}

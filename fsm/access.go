@@ -87,6 +87,9 @@ func expiresAt(now, ttl, from, cap uint64) uint64 {
 // expiry it had (num_uses counted down, say).
 func (e *entry) enterToken(c *commandv1.PutToken) error {
 	t := c.GetToken()
+	if c.GetMustExist() {
+		return e.renewToken(c)
+	}
 	if err := checkToken(t); err != nil {
 		return err
 	}
@@ -97,9 +100,6 @@ func (e *entry) enterToken(c *commandv1.PutToken) error {
 	old := get(&e.tokens, h)
 	if owner := get(&e.accessors, t.GetAccessor()); owner != "" && owner != h {
 		return fault.Text(fault.Conflict, "a token with this accessor exists")
-	}
-	if c.GetMustExist() && !e.tokenLives(h) {
-		return fault.Text(fault.Denied, "the token is gone")
 	}
 	if old == nil && len(t.GetParent()) > 0 && get(&e.tokens, string(t.GetParent())) == nil {
 		return fault.Text(fault.Denied, "the parent token is gone")
@@ -115,6 +115,22 @@ func (e *entry) enterToken(c *commandv1.PutToken) error {
 		} else {
 			t.ExpiresClockNs = old.GetExpiresClockNs()
 		}
+	}
+	e.putToken(t)
+	e.res.Id = t.GetAccessor()
+	return nil
+}
+
+// renewToken moves a token's expiry under its cap.
+func (e *entry) renewToken(c *commandv1.PutToken) error {
+	h := string(c.GetToken().GetHash())
+	if !e.tokenLives(h) || len(c.GetToken().GetAuth()) > maxSecret {
+		return fault.Text(fault.Denied, "the token is gone")
+	}
+	t := clone(get(&e.tokens, h))
+	t.ExpiresClockNs = expiresAt(e.clock, c.GetTtlNs(), t.GetCreatedClockNs(), t.GetExplicitMaxTtlNs())
+	if len(c.GetToken().GetAuth()) > 0 {
+		t.Auth = c.GetToken().GetAuth()
 	}
 	e.putToken(t)
 	e.res.Id = t.GetAccessor()

@@ -267,6 +267,12 @@ func (v *View) Expired(clockNS uint64, limit int) (tokens []*commandv1.Token, le
 	return tokens, leases
 }
 
+// TokenCount is how many tokens there are.
+func (v *View) TokenCount() int { return v.s.tokens.Len() }
+
+// LeaseCount is how many leases there are.
+func (v *View) LeaseCount() int { return v.s.leases.Len() }
+
 // NextExpiry is the clock value at which the next token or lease expires; 0 when nothing ever does, so that no Tick is
 // needed for them.
 func (v *View) NextExpiry() uint64 {

@@ -245,8 +245,10 @@ func (x *Token) GetBoundCidrs() []string {
 type PutToken struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Token *Token                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
-	// Refused when the token is gone or has expired: a renewal must not bring a revoked token back.
-	MustExist     bool `protobuf:"varint,2,opt,name=must_exist,json=mustExist,proto3" json:"must_exist,omitempty"`
+	// A renewal: the token expires ttl_ns from now, and nothing else of it changes but auth. Refused when it is gone or has
+	// expired, for a renewal must not bring a revoked token back.
+	MustExist     bool   `protobuf:"varint,2,opt,name=must_exist,json=mustExist,proto3" json:"must_exist,omitempty"`
+	TtlNs         uint64 `protobuf:"varint,3,opt,name=ttl_ns,json=ttlNs,proto3" json:"ttl_ns,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -293,6 +295,13 @@ func (x *PutToken) GetMustExist() bool {
 		return x.MustExist
 	}
 	return false
+}
+
+func (x *PutToken) GetTtlNs() uint64 {
+	if x != nil {
+		return x.TtlNs
+	}
+	return 0
 }
 
 // UseToken counts one use of a token that has a number of them. num_uses goes down to -1, which means used up: then every
@@ -1084,11 +1093,12 @@ const file_command_v1_access_proto_rawDesc = "" +
 	"boundCidrs\x1a7\n" +
 	"\tMetaEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"[\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"r\n" +
 	"\bPutToken\x120\n" +
 	"\x05token\x18\x01 \x01(\v2\x1a.rollcall.command.v1.TokenR\x05token\x12\x1d\n" +
 	"\n" +
-	"must_exist\x18\x02 \x01(\bR\tmustExist\"\x1e\n" +
+	"must_exist\x18\x02 \x01(\bR\tmustExist\x12\x15\n" +
+	"\x06ttl_ns\x18\x03 \x01(\x04R\x05ttlNs\"\x1e\n" +
 	"\bUseToken\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\fR\x04hash\"\x89\x01\n" +
 	"\vRevokeToken\x12\x12\n" +

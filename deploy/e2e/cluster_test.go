@@ -39,6 +39,10 @@ type options struct {
 	idle bool
 }
 
+// patient is a configuration for tests that promise no failed request and kill nobody: on a machine that is busy with
+// other things, a leader must not lose its office because it was not given the CPU for half a second.
+var patient = map[string]any{"raft.performance_multiplier": 5, "lease.ttl": "15s"}
+
 // cluster is a set of server processes with a directory of its own. Its methods belong to the test's goroutine, but
 // for those that only look.
 type cluster struct {
@@ -123,7 +127,9 @@ func newCluster(t testing.TB, opt options) *cluster {
 	return c
 }
 
-func (c *cluster) path(parts ...string) string { return filepath.Join(append([]string{c.root}, parts...)...) }
+func (c *cluster) path(parts ...string) string {
+	return filepath.Join(append([]string{c.root}, parts...)...)
+}
 
 func addr(port int) string { return fmt.Sprintf("127.0.0.1:%d", port) }
 
@@ -342,7 +348,7 @@ func (c *cluster) end() {
 		return
 	}
 	for _, s := range c.nodes {
-		c.t.Logf("%s: %s\n%s", s.name, s.logFile, tail(s.logFile, 40))
+		c.t.Logf("%s: %s\n%s", s.name, s.logFile, tail(s.logFile, 25))
 	}
 	c.t.Logf("everything of this cluster is kept in %s", c.root)
 }

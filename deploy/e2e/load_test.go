@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -25,8 +26,8 @@ type loadOptions struct {
 	writers, hot, readers int
 	// keys is how many keys a writer owns; default 8.
 	keys int
-	// pace is a client's pause between requests; 0 sends the next one at once.
-	pace time.Duration
+	// pace is a writer's pause between requests, readPace a reader's; 0 sends the next one at once.
+	pace, readPace time.Duration
 	// excused says which failures are not the cluster's: what was sent to a node that the test killed.
 	excused func(*server) bool
 }
@@ -83,22 +84,20 @@ func startLoad(c *cluster, opt loadOptions) *load {
 	l := &load{c: c, opt: opt, cancel: cancel}
 	c.t.Cleanup(func() { cancel(); l.wg.Wait() })
 	n := 0
-	spawn := func(count int, run func(*loader, context.Context, int)) {
+	spawn := func(count int, pace time.Duration, run func(*loader, context.Context, int)) {
 		for i := range count {
 			s := c.nodes[n%len(c.nodes)]
 			n++
-			cl := &loader{l: l, s: s, seen: map[string]uint64{}, version: map[string]int{}, http: &http.Client{
-				Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: 60 * time.Second,
-			}}
+			cl := newLoader(l, s, pace)
 			l.wg.Go(func() {
 				defer cl.http.CloseIdleConnections()
 				run(cl, ctx, i)
 			})
 		}
 	}
-	spawn(opt.writers, (*loader).write)
-	spawn(opt.hot, (*loader).count)
-	spawn(opt.readers, (*loader).read)
+	spawn(opt.writers, opt.pace, (*loader).write)
+	spawn(opt.hot, opt.pace, (*loader).count)
+	spawn(opt.readers, opt.readPace, (*loader).read)
 	l.atLeast(2 * (opt.writers + opt.hot))
 	return l
 }
@@ -139,7 +138,8 @@ func (l *load) stop() loadSum {
 // readBack holds what a node answers now against everything that was acknowledged.
 func (l *load) readBack(s *server) {
 	l.c.t.Helper()
-	cl := &loader{l: l, s: s, seen: map[string]uint64{}, version: map[string]int{}, http: http.DefaultClient}
+	cl := newLoader(l, s, 0)
+	defer cl.http.CloseIdleConnections()
 	ctx := timeout(l.c.t, long)
 	for _, k := range l.own {
 		if k.tried == 0 {
@@ -198,9 +198,16 @@ func (s loadSum) clean(t testing.TB, atLeast int) {
 type loader struct {
 	l       *load
 	s       *server
+	pace    time.Duration
 	http    *http.Client
 	seen    map[string]uint64 // by answering node: the newest generation
 	version map[string]int    // by key: the newest version that this client knows of
+}
+
+func newLoader(l *load, s *server, pace time.Duration) *loader {
+	return &loader{l: l, s: s, pace: pace, seen: map[string]uint64{}, version: map[string]int{}, http: &http.Client{
+		Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: time.Minute,
+	}}
 }
 
 // kvValue is what KV v2 says of a key; version 0 is no key.
@@ -213,10 +220,10 @@ type kvValue struct {
 const hotKey = "hot"
 
 func (c *loader) pause(ctx context.Context) bool {
-	if c.l.opt.pace <= 0 {
+	if c.pace <= 0 {
 		return ctx.Err() == nil
 	}
-	t := time.NewTimer(c.l.opt.pace/2 + rand.N(c.l.opt.pace))
+	t := time.NewTimer(c.pace/2 + rand.N(c.pace))
 	defer t.Stop()
 	select {
 	case <-t.C:
@@ -457,5 +464,5 @@ func (c *loader) call(ctx context.Context, method, key, body string) (int, []byt
 		}
 		c.seen[node] = max(c.seen[node], g)
 	}
-	return resp.StatusCode, raw, nil
+	return resp.StatusCode, bytes.TrimSpace(raw), nil
 }

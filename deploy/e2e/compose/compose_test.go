@@ -55,8 +55,6 @@ func (c *cluster) run(limit time.Duration, name string, args ...string) ([]byte,
 	cmd.WaitDelay = 5 * time.Second
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	began := time.Now()
-	defer func() { c.t.Logf("%s %s: %s", name, strings.Join(args, " "), time.Since(began).Round(time.Millisecond)) }()
 	if err := cmd.Run(); err != nil {
 		return stdout.Bytes(), fmt.Errorf("%s %s: %w\n%s", name, strings.Join(args, " "), err, stderr.String())
 	}
@@ -112,10 +110,12 @@ func (c *cluster) file(service, path string) []byte {
 // until asks again until f says nil, and keeps the last error.
 func until(t *testing.T, limit time.Duration, what string, f func() error) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	began := time.Now()
+	deadline := began.Add(limit)
 	for {
 		err := f()
 		if err == nil {
+			t.Logf("%s: after %s", what, time.Since(began).Round(10*time.Millisecond))
 			return
 		}
 		if time.Now().After(deadline) {

@@ -577,7 +577,7 @@ func TestARoleChangeDuringAReloadEndsWithTheNewLeaderAsTheOnlyWriter(t *testing.
 			s.start(startReload(id, &commandv1.Options{}))
 			<-moved
 			s.hook(nil, nil)
-			time.Sleep(2 * time.Millisecond) // everybody is in the middle of it
+			time.Sleep(4 * time.Millisecond) // everybody is in the middle of it
 			next := s.nodes[2]
 			s.set(func() {
 				if s.leader == next {
@@ -1082,4 +1082,30 @@ func TestReportsBeyondTheQueueAreRefusedUntilThereIsRoom(t *testing.T) {
 	if err := ld.accept([]*commandv1.Report{rep}); err != nil {
 		t.Errorf("an emptied queue answered %v", err)
 	}
+}
+
+func TestAStartThatIsNoLongerWantedIsGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		var killed atomic.Bool
+		s.nodes[2].plugins.act(sha("2"), behaviour{multiplexes: true, switchErr: errors.New("bad state")})
+		s.hook(nil, func(*commandv1.Command) {
+			if s.reload("r1").GetPhase() == commandv1.Phase_PHASE_COMMITTED && !killed.Swap(true) {
+				s.nodes[0].plugins.act(sha("2"), behaviour{multiplexes: true, startTook: 20 * time.Second})
+				s.nodes[0].plugins.newest(kv).die(errors.New("signal: killed"))
+			}
+		})
+		s.start(startReload("r1", &commandv1.Options{RollbackOnSwitchFailure: true}))
+		from := time.Now()
+		s.phase(s.ended("r1"), commandv1.Phase_PHASE_ROLLED_BACK)
+		s.settle(kv)
+		if took := time.Since(from); took > 5*time.Second {
+			t.Errorf("it took %v: a node waited for a start that nobody wanted any more", took)
+		}
+		s.allRun(kv, "1")
+		if got := s.nodes[0].plugins.started(kv); got != 2 {
+			t.Errorf("n1 started %d processes, want 2: the first one serves on", got)
+		}
+	})
 }

@@ -49,9 +49,9 @@ type Setup struct {
 	BackendUUID string
 }
 
-// Backend is one mount's instance inside a process. Setup comes first, Cleanup last; in between everything may be called
-// from any goroutine. Errors of the plugin's own code are faults without an operation, their text as the plugin gave it;
-// errors of the process are fault.Unavailable (certainly nothing ran) or fault.OutcomeUnknown.
+// Backend is one mount's instance inside a process. Setup comes first, Cleanup last; in between everything may be
+// called from any goroutine. Errors of the plugin's own code are faults without an operation, their text as the
+// plugin gave it; errors of the process are fault.Unavailable (certainly nothing ran) or fault.OutcomeUnknown.
 type Backend struct {
 	process *Process
 	id      string
@@ -68,9 +68,10 @@ type Backend struct {
 // Process is where it runs.
 func (b *Backend) Process() *Process { return b.process }
 
-// Setup makes the instance in the plugin. When there is one already (the node's role has changed), that one is cleaned up
-// first, so that it writes no more; the caller sees to it that no request is in flight. After an error the instance is not
-// set up, and Setup may be called again. Errors are of kind fault.Refused with the plugin's text, or fault.Canceled.
+// Setup makes the instance in the plugin. When there is one already (the node's role has changed), that one is
+// cleaned up first, so that it writes no more; the caller sees to it that no request is in flight. After an error
+// the instance is not set up, and Setup may be called again. Errors are of kind fault.Refused with the plugin's
+// text, or fault.Canceled.
 func (b *Backend) Setup(ctx context.Context, s Setup) error {
 	const op = "setup"
 	b.life.Lock()
@@ -134,8 +135,8 @@ func (b *Backend) Initialize(ctx context.Context) error {
 	return nil
 }
 
-// refusal is callError for what the plugin must get right before it is used: whatever went wrong is a refusal, but for the
-// caller's own change of mind.
+// refusal is callError for what the plugin must get right before it is used: whatever went wrong is a refusal, but
+// for the caller's own change of mind.
 func (p *Process) refusal(ctx context.Context, op string, err error) error {
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return fault.New(fault.Canceled, op, p.spec.String(), "the caller gave up")
@@ -215,8 +216,8 @@ func (b *Backend) HandleRequest(ctx context.Context, req *pluginpb.Request) (*pl
 	return reply.GetResponse(), pluginError(reply.GetErr())
 }
 
-// HandleExistenceCheck asks whether what the path names exists, for telling create from update. checkFound is false when the
-// plugin has no check for the path.
+// HandleExistenceCheck asks whether what the path names exists, for telling create from update. checkFound is false
+// when the plugin has no check for the path.
 func (b *Backend) HandleExistenceCheck(ctx context.Context, req *pluginpb.Request) (found, checkFound bool, err error) {
 	const op = "check existence"
 	if err := b.ready(op); err != nil {
@@ -243,8 +244,8 @@ func (b *Backend) InvalidateKey(ctx context.Context, key string) error {
 	return nil
 }
 
-// Cleanup tells the plugin that the instance is no longer needed, waits for that no longer than ctx and CleanupTimeout allow,
-// and closes the instance's storage in any case. The process goes on. Idempotent.
+// Cleanup tells the plugin that the instance is no longer needed, waits for that no longer than ctx and
+// CleanupTimeout allow, and closes the instance's storage in any case. The process goes on. Idempotent.
 func (b *Backend) Cleanup(ctx context.Context) error {
 	b.life.Lock()
 	defer b.life.Unlock()
@@ -324,6 +325,6 @@ func (b *Backend) dropHost() {
 	}
 }
 
-// IsReadOnlyText reports whether a text that a plugin gave as an error or in data.error means that it tried to write where
-// it may only read.
+// IsReadOnlyText reports whether a text that a plugin gave as an error or in data.error means that it tried to
+// write where it may only read.
 func IsReadOnlyText(text string) bool { return strings.Contains(text, readOnlyText) }

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Backoff says how long to wait before a plugin that ended is started again: 100 ms, doubled up to 30 s, with jitter, and from
-// the beginning again after it was up for 60 s. The zero value is ready; one goroutine uses it.
+// Backoff says how long to wait before a plugin that ended is started again: 100 ms, doubled up to 30 s, with
+// jitter, and from the beginning again after it was up for 60 s. The zero value is ready; one goroutine uses it.
 type Backoff struct {
 	failures int
 }

@@ -12,8 +12,9 @@ import (
 	pluginpb "rollcall/proto/plugin"
 )
 
-// Database is one connection inside a process of a database plugin. Initialize comes first, Close last; in between everything
-// may be called from any goroutine. Errors are as Backend's; those of the plugin's own code come as fault.Internal with its text.
+// Database is one connection inside a process of a database plugin. Initialize comes first, Close last; in between
+// everything may be called from any goroutine. Errors are as Backend's; those of the plugin's own code come as
+// fault.Internal with its text.
 type Database struct {
 	process *Process
 	id      string
@@ -27,8 +28,8 @@ type Database struct {
 // Process is where it runs.
 func (d *Database) Process() *Process { return d.process }
 
-// Initialize configures the connection and, with verify, tries it. It returns the configuration to store instead of the one
-// that was given. May be called again.
+// Initialize configures the connection and, with verify, tries it. It returns the configuration to store instead of
+// the one that was given. May be called again.
 func (d *Database) Initialize(ctx context.Context, config *structpb.Struct, verify bool) (*structpb.Struct, error) {
 	var stored *structpb.Struct
 	err := d.call(ctx, "initialize database", func(ctx context.Context, opts ...grpc.CallOption) error {

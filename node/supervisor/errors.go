@@ -15,7 +15,8 @@ import (
 	pluginpb "rollcall/proto/plugin"
 )
 
-// readOnlyText is how both SDKs say that storage may not be written. Types do not survive gRPC, and plugins compare the text.
+// readOnlyText is how both SDKs say that storage may not be written. Types do not survive gRPC, and plugins compare
+// the text.
 const readOnlyText = "cannot write to readonly storage"
 
 // The error types of pluginpb.ProtoError, as both SDKs number them.
@@ -32,7 +33,8 @@ const (
 	errUnrecoverable
 )
 
-// pluginError turns an error of the plugin's own code into a fault. The plugin ran: none of the kinds says "safe to repeat".
+// pluginError turns an error of the plugin's own code into a fault. The plugin ran: none of the kinds says "safe to
+// repeat".
 func pluginError(e *pluginpb.ProtoError) error {
 	if e == nil {
 		return nil
@@ -110,7 +112,8 @@ func (sentHandler) HandleRPC(ctx context.Context, s stats.RPCStats) {
 	}
 }
 
-// ended is ctx.Err, and already so when the deadline is about to pass: the plugin's side of gRPC counts it too, and may be first.
+// ended is ctx.Err, and already so when the deadline is about to pass: the plugin's side of gRPC counts it too, and
+// may be first.
 func ended(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err

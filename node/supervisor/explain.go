@@ -17,7 +17,8 @@ func (l *launch) logger() *slog.Logger {
 	return l.s.log.With("plugin", l.spec.Type+"/"+l.spec.Name, "version", l.spec.Version)
 }
 
-// explain turns a failed start into what an operator needs to know. It ends the process, so that its last words are there.
+// explain turns a failed start into what an operator needs to know. It ends the process, so that its last words are
+// there.
 func (l *launch) explain(ctx, limit context.Context, err error) *StartError {
 	if ctx.Err() != nil {
 		return giveUp(l.spec, phaseHandshake, ctx)

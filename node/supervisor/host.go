@@ -17,7 +17,8 @@ import (
 	pluginpb "rollcall/proto/plugin"
 )
 
-// requestIDKey is the metadata in which the id of a request travels to the plugin and comes back with its storage calls.
+// requestIDKey is the metadata in which the id of a request travels to the plugin and comes back with its storage
+// calls.
 const requestIDKey = "index_state_cluster_id"
 
 // maxStorageMessage bounds one message from a plugin to its storage: a value of 1 MiB with room to be refused in words.
@@ -31,8 +32,8 @@ type Entry struct {
 	SealWrap bool
 }
 
-// Storage is what an instance sees as its storage. Calls come from many goroutines at once; ctx ends when the plugin gives
-// up, or when the instance is cleaned up. The text of an error is all that a plugin gets of it.
+// Storage is what an instance sees as its storage. Calls come from many goroutines at once; ctx ends when the
+// plugin gives up, or when the instance is cleaned up. The text of an error is all that a plugin gets of it.
 type Storage interface {
 	// List returns the direct children of prefix; a folder ends in "/". The order does not matter.
 	List(ctx context.Context, prefix string) ([]string, error)
@@ -42,8 +43,8 @@ type Storage interface {
 	Delete(ctx context.Context, key string) error
 }
 
-// RequestID is the id of the request on whose behalf a plugin calls its storage: "" for plugins with an SDK before Vault's
-// 0.22, with OpenBao's, and for what a plugin does on its own.
+// RequestID is the id of the request on whose behalf a plugin calls its storage: "" for plugins with an SDK before
+// Vault's 0.22, with OpenBao's, and for what a plugin does on its own.
 func RequestID(ctx context.Context) string {
 	if v := metadata.ValueFromIncomingContext(ctx, requestIDKey); len(v) > 0 {
 		return v[0]
@@ -62,10 +63,11 @@ const (
 	ReplicationStandby ReplicationState = 1<<12 | 1<<13 | 1<<14
 )
 
-// System is what an instance may know about its surroundings. The zero value is a leader with Vault's default lease times.
+// System is what an instance may know about its surroundings. The zero value is a leader with Vault's default lease
+// times.
 type System struct {
-	// ReplicationState is ReplicationActive (the default, also for 0) or ReplicationStandby. An instance that is to learn
-	// another one is set up again: plugins remember it.
+	// ReplicationState is ReplicationActive (the default, also for 0) or ReplicationStandby. An instance that is to
+	// learn another one is set up again: plugins remember it.
 	ReplicationState ReplicationState
 	// DefaultLeaseTTL and MaxLeaseTTL default to 768 h.
 	DefaultLeaseTTL, MaxLeaseTTL time.Duration
@@ -122,8 +124,9 @@ func (h *hostServer) serve(opts []grpc.ServerOption) *grpc.Server {
 	return server
 }
 
-// stop ends the storage of the instance at once: what it still tries to write fails, and what is under way is cancelled. The
-// connection ends when release has returned, which may wait for a plugin that stopped in the middle of connecting.
+// stop ends the storage of the instance at once: what it still tries to write fails, and what is under way is
+// cancelled. The connection ends when release has returned, which may wait for a plugin that stopped in the middle
+// of connecting.
 func (h *hostServer) stop() (release func()) {
 	h.cut()
 	h.mu.Lock()

@@ -19,8 +19,8 @@ const (
 	tailWidth = 300     // bytes of each
 )
 
-// output turns what a plugin writes into log records: bounded in line length and in bytes a second, and escaped, because it
-// is whatever the plugin likes. Write never blocks and never fails. Safe for concurrent use.
+// output turns what a plugin writes into log records: bounded in line length and in bytes a second, and escaped,
+// because it is whatever the plugin likes. Write never blocks and never fails. Safe for concurrent use.
 type output struct {
 	log    *slog.Logger
 	stream string

@@ -246,6 +246,9 @@ func (b *testBackend) Handle(ctx context.Context, req *pluginpb.Request) (*plugi
 		}
 		os.Exit(9)
 	case "sleep":
+		if err := b.setup.Storage.Put(ctx, "asleep", nil); err != nil {
+			return nil, err
+		}
 		<-ctx.Done()
 		return nil, ctx.Err()
 	case "big":

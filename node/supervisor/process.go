@@ -234,10 +234,10 @@ func (p *Process) report() {
 	p.log.Info("plugin process ended", "exit", p.Exit(), "how", how)
 }
 
-// Close ends the process: Cleanup of the instances that are left, the request to shut down, SIGTERM, SIGKILL to the process
-// group, each with its limit, and waits until it is reaped and nothing of it is left on this host. When ctx ends first, the
-// process is killed at once. It is idempotent; further calls wait for the first. The error is fault.Internal, when the
-// process did not end even so.
+// Close ends the process: Cleanup of the instances that are left, the request to shut down, SIGTERM, SIGKILL to the
+// process group, each with its limit, and waits until it is reaped and nothing of it is left on this host. When ctx
+// ends first, the process is killed at once. It is idempotent; further calls wait for the first. The error is
+// fault.Internal, when the process did not end even so.
 func (p *Process) Close(ctx context.Context) error {
 	p.closed.Do(func() {
 		p.mu.Lock()

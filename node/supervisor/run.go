@@ -20,8 +20,8 @@ import (
 	"rollcall/node/supervisor/internal/proc"
 )
 
-// run is one operating system process as go-plugin sees it. go-plugin is given the first line of stdout and nothing else of
-// the output: its own readers have no bound, and wait for children that hold a pipe.
+// run is one operating system process as go-plugin sees it. go-plugin is given the first line of stdout and nothing
+// else of the output: its own readers have no bound, and wait for children that hold a pipe.
 type run struct {
 	s      *Supervisor
 	cmd    *exec.Cmd
@@ -150,8 +150,8 @@ func (r *run) abort() {
 
 func (r *run) term() { r.signal("SIGTERM", proc.TermGroup) }
 
-// Kill is called by go-plugin when a start fails and at the end of its Client.Kill. Process.Close owns the order of an end,
-// so that a plugin gets the time that was configured.
+// Kill is called by go-plugin when a start fails and at the end of its Client.Kill. Process.Close owns the order of
+// an end, so that a plugin gets the time that was configured.
 func (r *run) Kill(context.Context) error {
 	r.mu.Lock()
 	closing := r.closing
@@ -263,7 +263,8 @@ func exitWords(exit *exec.ExitError) string {
 // maxFirstLine is several times what a handshake with a certificate needs, and fits go-plugin's buffer.
 const maxFirstLine = 4000
 
-// firstLine passes the first line of a stream on to a reader, keeps what it was, and ends the reader when the stream ends.
+// firstLine passes the first line of a stream on to a reader, keeps what it was, and ends the reader when the
+// stream ends.
 type firstLine struct {
 	mu    sync.Mutex
 	cond  *sync.Cond

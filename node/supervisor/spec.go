@@ -79,8 +79,8 @@ func (s Spec) validate() error {
 	return nil
 }
 
-// StartError says why a plugin could not be started. It is of kind fault.Refused, or fault.Canceled when the caller gave up,
-// or fault.Unavailable when the supervisor is closed.
+// StartError says why a plugin could not be started. It is of kind fault.Refused, or fault.Canceled when the caller
+// gave up, or fault.Unavailable when the supervisor is closed.
 type StartError struct {
 	Spec Spec
 	// Phase is where it failed: "verify" (the bytes), "start" (the process), "handshake".

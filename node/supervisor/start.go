@@ -274,9 +274,9 @@ func (l *launch) dirMode() os.FileMode {
 	return 0o700
 }
 
-// env is everything that the plugin gets to see: the spec's own variables, then ours, which therefore win. Both SDKs' names
-// are set; Vault's SDK knows VAULT_ only, OpenBao's looks for BAO_ first. Metadata mode is never set: a plugin in it refuses
-// to work.
+// env is everything that the plugin gets to see: the spec's own variables, then ours, which therefore win. Both
+// SDKs' names are set; Vault's SDK knows VAULT_ only, OpenBao's looks for BAO_ first. Metadata mode is never set: a
+// plugin in it refuses to work.
 func (l *launch) env(fromGoPlugin []string, tmpDir, owner string) []string {
 	cfg := l.s.cfg
 	env := []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}

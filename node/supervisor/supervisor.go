@@ -1,5 +1,5 @@
-// Package supervisor owns every plugin process of a node: it keeps and verifies the bytes, starts them, speaks the plugin
-// protocol, watches, drains and kills. Nobody else starts a process. See DESIGN.md beside it.
+// Package supervisor owns every plugin process of a node: it keeps and verifies the bytes, starts them, speaks the
+// plugin protocol, watches, drains and kills. Nobody else starts a process. See DESIGN.md beside it.
 package supervisor
 
 import (
@@ -53,8 +53,9 @@ type Supervisor struct {
 	closeErr  error
 }
 
-// New opens the content store, kills what an earlier host on the same data directory has left behind, and starts the thread
-// that starts processes. It makes this program a subreaper, for as long as it runs. Close undoes the rest.
+// New opens the content store, kills what an earlier host on the same data directory has left behind, and starts
+// the thread that starts processes. It makes this program a subreaper, for as long as it runs. Close undoes the
+// rest.
 func New(cfg Config) (*Supervisor, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
@@ -111,7 +112,8 @@ func homeID(dir string) string {
 	return hex.EncodeToString(id[:8])
 }
 
-// startSlots bounds the starts under way: a start costs 50-80 ms of CPU, and more at once only make each other time out.
+// startSlots bounds the starts under way: a start costs 50-80 ms of CPU, and more at once only make each other time
+// out.
 const startSlots = 8
 
 // hostIsGone reads "<pid>:<start time>:<process>" and tells whether that host has ended.
@@ -125,8 +127,8 @@ func hostIsGone(rest string) bool {
 	return strconv.FormatUint(proc.StartTime(n), 10) != start
 }
 
-// Reap collects orphans that have ended, until ctx ends. Every Supervisor does so by itself; a program that is PID 1 calls it
-// too, for the time before and after. It never takes a process from whoever waits for it: see proc.Reap.
+// Reap collects orphans that have ended, until ctx ends. Every Supervisor does so by itself; a program that is PID
+// 1 calls it too, for the time before and after. It never takes a process from whoever waits for it: see proc.Reap.
 func Reap(ctx context.Context) {
 	tick := time.NewTicker(reapEvery)
 	defer tick.Stop()
@@ -140,8 +142,8 @@ func Reap(ctx context.Context) {
 	}
 }
 
-// Close ends every process, each as Process.Close does, and waits for all of them. It does not outlast ctx by more than it
-// takes the kernel to kill. Further calls wait for the first.
+// Close ends every process, each as Process.Close does, and waits for all of them. It does not outlast ctx by more
+// than it takes the kernel to kill. Further calls wait for the first.
 func (s *Supervisor) Close(ctx context.Context) error {
 	s.closing.Do(func() { s.closeErr = s.close(ctx) })
 	return s.closeErr
@@ -173,14 +175,14 @@ func (s *Supervisor) close(ctx context.Context) error {
 	return nil
 }
 
-// Hash returns the sha256 of a file in the plugin directory, for registration. Errors: fault.NotFound, fault.Invalid (the name
-// leaves the directory, a link, not a regular file, writable by everybody), fault.TooLarge.
+// Hash returns the sha256 of a file in the plugin directory, for registration. Errors: fault.NotFound,
+// fault.Invalid (the name leaves the directory, a link, not a regular file, writable by everybody), fault.TooLarge.
 func (s *Supervisor) Hash(ctx context.Context, command string) (string, error) {
 	return s.store.Hash(ctx, command)
 }
 
-// Ensure has the spec's bytes in the content store, verified: from there, else from the plugin directory, else from a peer.
-// Errors are of kind fault.Refused, fault.Invalid or fault.TooLarge, or what the fetcher answers.
+// Ensure has the spec's bytes in the content store, verified: from there, else from the plugin directory, else from
+// a peer. Errors are of kind fault.Refused, fault.Invalid or fault.TooLarge, or what the fetcher answers.
 func (s *Supervisor) Ensure(ctx context.Context, spec Spec) error {
 	if err := spec.validate(); err != nil {
 		return err
@@ -188,13 +190,14 @@ func (s *Supervisor) Ensure(ctx context.Context, spec Spec) error {
 	return fault.Wrap(s.store.Ensure(ctx, spec.Command, spec.SHA256), "verify", spec.String())
 }
 
-// OpenContent opens stored bytes to serve them to a peer, with their size. The caller closes. Errors: fault.NotFound, fault.Invalid.
+// OpenContent opens stored bytes to serve them to a peer, with their size. The caller closes. Errors:
+// fault.NotFound, fault.Invalid.
 func (s *Supervisor) OpenContent(sha256 string) (io.ReadCloser, int64, error) {
 	return s.store.OpenContent(sha256)
 }
 
-// Keep removes from store and memory what is not named. Bytes that were asked for in the last ten minutes stay (ContentGrace):
-// what is being registered is named by no state yet.
+// Keep removes from store and memory what is not named. Bytes that were asked for in the last ten minutes stay
+// (ContentGrace): what is being registered is named by no state yet.
 func (s *Supervisor) Keep(shas map[string]bool) { s.store.Keep(shas) }
 
 // Processes returns the processes that run now, in no order.

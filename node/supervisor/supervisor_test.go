@@ -336,13 +336,17 @@ func TestACrashIsSeenExplainedAndItsRequestsAreUnknown(t *testing.T) {
 func TestAKilledPluginIsNoticedAtOnce(t *testing.T) {
 	s := newSupervisor(t, nil)
 	p := start(t, s, specFor("ok"))
-	b := ready(t, p, Setup{Storage: newMemory()})
+	store := newMemory()
+	b := ready(t, p, Setup{Storage: store})
 	got := make(chan error, 1)
 	go func() {
 		_, err := b.HandleRequest(t.Context(), &pluginpb.Request{Path: "sleep"})
 		got <- err
 	}()
-	time.Sleep(50 * time.Millisecond) //nolint:forbidigo // the request is to be under way; either outcome below is right
+	eventually(t, "the request is under way", 5*time.Second, func() bool {
+		e, _ := store.Get(t.Context(), "asleep")
+		return e != nil
+	})
 	begin := time.Now()
 	if err := syscall.Kill(p.Pid(), syscall.SIGKILL); err != nil {
 		t.Fatal(err)

@@ -1,11 +1,11 @@
-// evil is a secrets engine that misbehaves to order, built with Vault's SDK like any real plugin: one mode for each fault
-// that a host has to survive. Its arguments are the mode and its parameters:
+// evil is a secrets engine that misbehaves to order, built with Vault's SDK like any real plugin: one mode for each
+// fault that a host has to survive. Its arguments are the mode and its parameters:
 //
 //	evil -mode crash-after-write
 //	evil -mode error-rate -rate 0.05 -on write
 //
-// Without a mode it behaves: data/ keeps values, count/ counts, and modes that act on requests act on every request, or, with
-// -path, on those whose path begins so.
+// Without a mode it behaves: data/ keeps values, count/ counts, and modes that act on requests act on every
+// request, or, with -path, on those whose path begins so.
 package main
 
 import (
@@ -138,8 +138,8 @@ func flood(w io.Writer, size int) {
 	}
 }
 
-// backend keeps its counters under one lock from reading to writing, as real engines do: two processes that write one mount
-// at the same time lose updates.
+// backend keeps its counters under one lock from reading to writing, as real engines do: two processes that write
+// one mount at the same time lose updates.
 type backend struct {
 	*framework.Backend
 	o    options

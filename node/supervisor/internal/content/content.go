@@ -1,5 +1,5 @@
-// Package content keeps plugin bytes by their sha256 and hands them out as images that can be executed: the bytes that were
-// hashed are the bytes that run. node/supervisor is its only user.
+// Package content keeps plugin bytes by their sha256 and hands them out as images that can be executed: the bytes
+// that were hashed are the bytes that run. node/supervisor is its only user.
 package content
 
 import (
@@ -34,8 +34,8 @@ type Config struct {
 	Dir string
 	// MaxSize bounds one file, in bytes.
 	MaxSize int64
-	// Grace is how long bytes that were asked for stay, whatever Keep says: what is being registered or prepared is named
-	// by no state yet.
+	// Grace is how long bytes that were asked for stay, whatever Keep says: what is being registered or prepared is
+	// named by no state yet.
 	Grace time.Duration
 	// NoMemfd executes from the store's files even where sealed memory files are to be had.
 	NoMemfd bool
@@ -137,8 +137,8 @@ func ValidCommand(command string) error {
 	return nil
 }
 
-// Hash returns the sha256 of a file in the plugin directory. Errors: fault.Invalid (not a name, a link, not a regular file,
-// writable by everybody, somebody else's), fault.NotFound, fault.TooLarge.
+// Hash returns the sha256 of a file in the plugin directory. Errors: fault.Invalid (not a name, a link, not a
+// regular file, writable by everybody, somebody else's), fault.NotFound, fault.TooLarge.
 func (s *Store) Hash(ctx context.Context, command string) (string, error) {
 	f, err := s.openCommand(command)
 	if err != nil {
@@ -152,9 +152,10 @@ func (s *Store) Hash(ctx context.Context, command string) (string, error) {
 	return sum, nil
 }
 
-// Ensure has the bytes of sha in the store, verified: from the store, else from the plugin directory, else from a peer. A
-// file in the plugin directory whose hash is another one is refused, not passed over: somebody put it there on purpose or
-// by mistake, and either has to be looked at. Errors: fault.Refused, fault.Invalid, fault.TooLarge, or the fetcher's.
+// Ensure has the bytes of sha in the store, verified: from the store, else from the plugin directory, else from a
+// peer. A file in the plugin directory whose hash is another one is refused, not passed over: somebody put it there
+// on purpose or by mistake, and either has to be looked at. Errors: fault.Refused, fault.Invalid, fault.TooLarge,
+// or the fetcher's.
 func (s *Store) Ensure(ctx context.Context, command, sha string) error {
 	if !ValidSHA256(sha) {
 		return fault.New(fault.Invalid, "check sha256", fmt.Sprintf("%q", sha), "it is not 64 lower-case hex digits")

@@ -291,6 +291,57 @@ func TestASealedImageCannotBeChangedAndOutlivesItsFile(t *testing.T) {
 	}
 }
 
+// The file is swapped by rename, overwritten in place and cut short all the time; what comes out as an image has
+// the right bytes or is refused.
+func TestASwappedFileNeverBecomesAnImage(t *testing.T) {
+	good, evil := bytes.Repeat([]byte("good"), 20_000), bytes.Repeat([]byte("evil"), 20_000)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "p")
+	ctx, cancel := context.WithCancel(t.Context())
+	var attacker sync.WaitGroup
+	attacker.Go(func() {
+		for i := 0; ctx.Err() == nil; i++ {
+			content := [][]byte{good, evil}[i%2]
+			switch i % 3 {
+			case 0:
+				_ = os.WriteFile(path+".new", content, 0o755) //nolint:gosec // a program
+				_ = os.Rename(path+".new", path)
+			case 1:
+				if f, err := os.OpenFile(path, os.O_WRONLY, 0); err == nil {
+					_, _ = f.WriteAt(content, 0)
+					_ = f.Close()
+				}
+			case 2:
+				_ = os.Truncate(path, int64(i%len(good)))
+			}
+		}
+	})
+	defer attacker.Wait()
+	defer cancel()
+	want, passed := sha(good), 0
+	for range 300 {
+		s := open(t, func(c *Config) { c.PluginDir = dir })
+		if err := s.Ensure(t.Context(), "p", want); err != nil {
+			if !fault.Is(err, fault.Refused) {
+				t.Fatal(err)
+			}
+			continue
+		}
+		img, release, err := s.Image(t.Context(), want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(img.Path())
+		release()
+		s.Close()
+		if err != nil || !bytes.Equal(got, good) {
+			t.Fatalf("an image with other bytes: %v", err)
+		}
+		passed++
+	}
+	t.Logf("%d of 300 got through, all with the right bytes", passed)
+}
+
 func TestManyAskersGetOneFetch(t *testing.T) {
 	var mu sync.Mutex
 	asked := 0

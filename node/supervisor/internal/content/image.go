@@ -16,8 +16,8 @@ import (
 	"rollcall/node/fault"
 )
 
-// Image is verified bytes that can be executed: a sealed file in memory, or, where there is none, a file of the store that
-// was hashed just before.
+// Image is verified bytes that can be executed: a sealed file in memory, or, where there is none, a file of the
+// store that was hashed just before.
 type Image struct {
 	// SHA256 is what the bytes hash to.
 	SHA256 string
@@ -32,8 +32,8 @@ type Image struct {
 	dropped bool
 }
 
-// Image returns the image of sha, which Ensure has put into the store, and a function that gives it back. Path is good to
-// execute until then. Errors: fault.NotFound, fault.Corrupt.
+// Image returns the image of sha, which Ensure has put into the store, and a function that gives it back. Path is
+// good to execute until then. Errors: fault.NotFound, fault.Corrupt.
 func (s *Store) Image(ctx context.Context, sha string) (*Image, func(), error) {
 	unlock, err := s.lock(ctx, sha)
 	if err != nil {

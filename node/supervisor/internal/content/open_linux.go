@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// openBeneath opens dir/name for reading. The kernel refuses links, magic links and any way out of dir. O_NONBLOCK keeps a
-// FIFO from blocking us.
+// openBeneath opens dir/name for reading. The kernel refuses links, magic links and any way out of dir. O_NONBLOCK
+// keeps a FIFO from blocking us.
 func openBeneath(dir, name string) (*os.File, error) {
 	d, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -7,8 +7,8 @@ import (
 	"syscall"
 )
 
-// openRoot is openBeneath where the kernel cannot do it alone: os.Root refuses to leave dir, and links inside are looked for
-// one by one. Somebody who may write to dir can still race it; the hash decides what runs in any case.
+// openRoot is openBeneath where the kernel cannot do it alone: os.Root refuses to leave dir, and links inside are
+// looked for one by one. Somebody who may write to dir can still race it; the hash decides what runs in any case.
 func openRoot(dir, name string) (*os.File, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package proc starts processes so that none of them outlives the host, and finds those that tried to. node/supervisor is
-// its only user.
+// Package proc starts processes so that none of them outlives the host, and finds those that tried to.
+// node/supervisor is its only user.
 package proc
 
 import (
@@ -79,8 +79,8 @@ func (s *Spawner) Close() {
 	<-s.done
 }
 
-// Wait waits for the end of a process that Start started. It calls ended as soon as the process has ended, kills what is
-// left of its process group while the pid cannot belong to anybody else yet, and reaps it.
+// Wait waits for the end of a process that Start started. It calls ended as soon as the process has ended, kills
+// what is left of its process group while the pid cannot belong to anybody else yet, and reaps it.
 func Wait(cmd *exec.Cmd, ended func()) error {
 	pid := cmd.Process.Pid
 	var err error

@@ -33,7 +33,8 @@ func Harden(pid int) {
 	_ = unix.Prlimit(pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil)
 }
 
-// Subreaper makes orphans of our processes our children, so that they can be found. It stays so for the life of the program.
+// Subreaper makes orphans of our processes our children, so that they can be found. It stays so for the life of the
+// program.
 func Subreaper() error {
 	return unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 }
@@ -115,8 +116,8 @@ func ownChildren() []int {
 	return pids
 }
 
-// Reap collects orphans that have ended: children that nobody in this program started, which is told by a session that is
-// not ours. A program that starts processes of its own in new sessions must start them through a Spawner.
+// Reap collects orphans that have ended: children that nobody in this program started, which is told by a session
+// that is not ours. A program that starts processes of its own in new sessions must start them through a Spawner.
 func Reap() {
 	children.Lock()
 	defer children.Unlock()
@@ -131,8 +132,9 @@ func Reap() {
 	}
 }
 
-// KillMarked kills processes that were left by one that has ended, whatever session they are in: those that became our
-// children and have the variable in their environment. It returns how many it killed, when there are no more or after limit.
+// KillMarked kills processes that were left by one that has ended, whatever session they are in: those that became
+// our children and have the variable in their environment. It returns how many it killed, when there are no more or
+// after limit.
 func KillMarked(variable string, limit time.Duration) int {
 	killed := map[int]bool{}
 	mark := []byte(variable)
@@ -172,8 +174,8 @@ func hasVariable(pid int, variable []byte) bool {
 	return false
 }
 
-// Sweep kills processes whose environment has a variable with the prefix and whose rest orphaned says is ownerless. It is
-// how a host that was killed gets rid of what its plugins left behind when it starts again.
+// Sweep kills processes whose environment has a variable with the prefix and whose rest orphaned says is ownerless.
+// It is how a host that was killed gets rid of what its plugins left behind when it starts again.
 func Sweep(prefix string, orphaned func(rest string) bool) int {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

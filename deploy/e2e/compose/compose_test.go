@@ -72,8 +72,7 @@ func (c *cluster) docker(args ...string) []byte {
 
 func (c *cluster) up() {
 	c.t.Helper()
-	args := append(slices.Clone(c.compose[1:]), "up", "-d")
-	if _, err := c.run(2*time.Minute, c.compose[0], args...); err != nil {
+	if _, err := c.composed("up", "-d"); err != nil {
 		c.t.Fatal(err)
 	}
 }
@@ -85,7 +84,9 @@ func (c *cluster) composed(args ...string) ([]byte, error) {
 // container is the id of a service's container.
 func (c *cluster) container(service string) string {
 	c.t.Helper()
-	out, err := c.composed("ps", "-q", service)
+	// Not docker-compose ps: it takes a second.
+	out, err := c.run(30*time.Second, "docker", "ps", "-aq", "--filter", "label=com.docker.compose.project="+project,
+		"--filter", "label=com.docker.compose.service="+service)
 	id := strings.TrimSpace(string(out))
 	if err != nil || id == "" {
 		c.t.Fatalf("container of %s: %q, %v", service, id, err)
@@ -197,10 +198,15 @@ func (c *cluster) want(key, value string, nodes ...int) {
 	for _, n := range nodes {
 		until(c.t, 20*time.Second, fmt.Sprintf("node-%d answers %s", n, key), func() error {
 			env, err := c.client(n).Read(c.t.Context(), "kv/data/"+key, url.Values{})
-			if err == nil && !strings.Contains(string(env.Data), value) {
-				err = fmt.Errorf("data %s", env.Data)
+			switch {
+			case err != nil:
+				return err
+			case env == nil: // a follower may be an instant behind a write through another node
+				return errors.New("nothing is there")
+			case !strings.Contains(string(env.Data), value):
+				return fmt.Errorf("data %s", env.Data)
 			}
-			return err
+			return nil
 		})
 	}
 }

@@ -141,12 +141,12 @@ type testBackend struct {
 	keys  []string
 }
 
-func (b *testBackend) Initialize(ctx context.Context) error {
+func (b *testBackend) Initialize(context.Context) error {
 	switch b.mode {
 	case "init-fails":
 		return errors.New("no salt")
 	case "init-hangs":
-		<-ctx.Done()
+		time.Sleep(time.Hour)
 	case "init-dies":
 		panic("no salt, no life")
 	}

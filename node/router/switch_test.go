@@ -43,10 +43,14 @@ func hammer(t *testing.T, noGate bool, writers, swaps int) (acked, failed int64,
 					continue
 				}
 				ok.Add(1)
+				// Writers that never pause would keep the swap from its processor, and measure the scheduler.
+				time.Sleep(20 * time.Microsecond)
 			}
 		})
 	}
 	for i := range swaps {
+		was := ok.Load()
+		eventually(t, "a request between two swaps", func() bool { return ok.Load()+bad.Load() > was })
 		n.up(t, m, newFake(fmt.Sprint(i+1)))
 	}
 	close(stop)

@@ -1,8 +1,11 @@
 package router
 
 import (
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
@@ -207,12 +210,51 @@ func TestAConnectionThatBreaksUnderAWriteLeavesItsOutcomeUnknownAndAReadIsRetrie
 func TestRenewAndRevokeReachThePluginWithTheirSecret(t *testing.T) {
 	c, _, fakes := three(t, nil, nil)
 	s := &pluginpb.Secret{InternalData: `{"user":"u"}`}
-	if _, err := c.nodes[0].router.Handle(t.Context(), &Request{Path: "kv/ping", Operation: opRevoke, Secret: s}); err != nil {
+	a := &pluginpb.Auth{InternalData: `{"role":"r"}`}
+	for _, n := range c.nodes {
+		for _, op := range []string{opRenew, opRevoke} {
+			r, err := n.router.Handle(t.Context(), &Request{Path: "kv/ping", Operation: op, Secret: s, Auth: a})
+			if err != nil || r.Node != "n1" {
+				t.Fatalf("%+v, %v", r, err)
+			}
+			got := fakes[0].last
+			if !proto.Equal(got.GetSecret(), s) || !proto.Equal(got.GetAuth(), a) || got.GetOperation() != op {
+				t.Fatalf("through %s: %v", n.id, got)
+			}
+		}
+	}
+}
+
+func TestARequestIsAdmittedWhereAndWhenItStarts(t *testing.T) {
+	var asked []string
+	var refuse atomic.Bool
+	c, m, fakes := three(t, nil, func(cfg *Config) {
+		id := cfg.NodeID
+		cfg.Admit = func(req *Request) error {
+			asked = append(asked, id+" "+req.Operation)
+			if refuse.Load() {
+				return fault.Text(fault.Denied, "permission denied")
+			}
+			return nil
+		}
+	})
+	if _, err := c.nodes[1].do(opUpdate, "kv/x", `{"value":"1"}`); err != nil {
 		t.Fatal(err)
 	}
-	if fakes[0].last.GetSecret() != s || fakes[0].last.GetOperation() != opRevoke {
-		t.Fatalf("%v", fakes[0].last)
+	if len(asked) != 1 || asked[0] != "n1 update" {
+		t.Fatalf("asked %v", asked)
 	}
-	_, err := c.nodes[1].router.Handle(t.Context(), &Request{Path: "kv/ping", Operation: opRevoke, Secret: s})
-	wantKind(t, err, fault.NotLeader)
+	// The token is revoked while its request waits at the gate.
+	rt := c.nodes[0].router.route(m.GetUuid())
+	in := rt.run.Load()
+	rt.gate.set(held, nil, nil, nil)
+	waiting := async(func() (*Response, error) { return c.nodes[0].do(opUpdate, "kv/x", `{"value":"2"}`) })
+	eventually(t, "it waits", func() bool { rt.gate.mu.Lock(); defer rt.gate.mu.Unlock(); return rt.gate.waiting == 1 })
+	before := fakes[0].calls.Load()
+	refuse.Store(true)
+	rt.reopen(in)
+	wantKind(t, (<-waiting).err, fault.Denied)
+	if fakes[0].calls.Load() != before {
+		t.Fatal("the plugin was asked")
+	}
 }

@@ -386,7 +386,8 @@ func (r *Replica) introduceSelf(always bool) error {
 }
 
 func (r *Replica) tryHello(hello *commandv1.Command) error {
-	ctx, cancel := context.WithTimeout(r.ctx, r.cfg.LeaderWait)
+	// Not LeaderWait: without a leader by then, we had better introduce ourselves. A Hello may be repeated.
+	ctx, cancel := context.WithTimeout(r.ctx, max(4*r.cfg.heartbeat(), time.Second))
 	defer cancel()
 	if _, leading := r.leads(); leading && r.led.Load() == nil {
 		return fault.New(fault.Unavailable, "say hello", "", "the term's barrier is not applied yet")

@@ -121,7 +121,7 @@ func (r *Replica) nameOf(nodeID string) string {
 	if n := r.fsm.View().Node(nodeID); n != nil {
 		return n.GetName()
 	}
-	for _, p := range r.cfg.Discovery.Peers() {
+	for _, p := range r.known() {
 		if p.NodeID == nodeID {
 			return p.Name
 		}

@@ -56,11 +56,13 @@ type Replica struct {
 	reads    readers
 	nudge    chan struct{}
 	nudged   atomic.Uint64
+	peers    atomic.Pointer[knownPeers]
 	lease    atomic.Int64 // end of our serving lease on cfg.Now's clock
 	ready    chan struct{}
 	entrance entrance
 	changing chan struct{} // one membership change at a time
 	fatal    sync.Once
+	failed   atomic.Bool
 }
 
 // New opens and verifies the stores and prepares the transport; nothing runs before Start. On an error everything that
@@ -89,7 +91,12 @@ func New(cfg Config) (*Replica, error) {
 	if r.m, err = newMetrics(cfg.Metrics, r); err != nil {
 		return nil, errors.Join(err, stores.Close())
 	}
-	stores.Log.OnCorrupt(r.fail)
+	stores.Log.OnCorrupt(func(err error) {
+		r.fail(err)
+		if r.raft.Load() != nil {
+			select {} // Raft would panic on the entry; the process is about to stop with the reason
+		}
+	})
 	return r, nil
 }
 
@@ -186,12 +193,32 @@ func (r *Replica) shutdown(ctx context.Context) error {
 	// While Raft runs, every future is answered (a follower refuses what a leader would have done), unless the disk
 	// hangs. Afterwards none would be.
 	waitFor(func() { r.inflight.Wait() }, 4*r.cfg.heartbeat())
+	r.stores.Release()
 	var errs []error
 	if node != nil {
-		errs = append(errs, fault.Wrap(node.Shutdown().Error(), "shut down raft", r.cfg.Name)) // closes guard and stream too
+		down := make(chan error, 1)
+		waitFor(func() { down <- node.Shutdown().Error() }, r.shutdownTime(ctx)) // closes guard and stream too
+		select {
+		case err := <-down:
+			errs = append(errs, fault.Wrap(err, "shut down raft", r.cfg.Name))
+		default: // it reads or writes a disk that does not answer; closing the log under it would wait as well
+			r.m.unregister()
+			return errors.Join(fault.New(fault.Deadline, "shut down raft", r.cfg.Name, "the disk does not answer"), r.cfg.Dir.Close())
+		}
 	}
 	r.m.unregister()
 	return errors.Join(append(errs, r.stores.Close(), r.cfg.Dir.Close())...)
+}
+
+// shutdownTime is how long Raft may take to end: as long as the caller gives, but not when it can never end.
+func (r *Replica) shutdownTime(ctx context.Context) time.Duration {
+	if r.failed.Load() || r.stream.isShut() {
+		return 2 * time.Second
+	}
+	if deadline, ok := ctx.Deadline(); ok {
+		return max(time.Until(deadline), time.Second)
+	}
+	return time.Minute
 }
 
 // waitFor waits for f, at most d.
@@ -262,6 +289,7 @@ func (r *Replica) await(ctx context.Context, f raft.Future) error {
 // fail reports what makes it impossible to go on.
 func (r *Replica) fail(err error) {
 	r.fatal.Do(func() {
+		r.failed.Store(true)
 		r.log.Error("this node cannot go on", "error", err)
 		if r.cfg.OnFatal != nil {
 			r.cfg.OnFatal(err)
@@ -316,7 +344,7 @@ func (a addresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 			}
 		}
 	}
-	for _, p := range a.r.cfg.Discovery.Peers() {
+	for _, p := range a.r.known() {
 		switch {
 		case p.NodeID == string(id) && p.Status != PeerLeft && p.Address != "":
 			return raft.ServerAddress(p.Address), nil
@@ -329,6 +357,21 @@ func (a addresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 		return raft.ServerAddress("nowhere.invalid:0"), nil
 	}
 	return configured, nil
+}
+
+// known returns Discovery's peers, at most a little old: the transport asks before every message.
+func (r *Replica) known() []Peer {
+	if k := r.peers.Load(); k != nil && time.Since(k.at) < 100*time.Millisecond {
+		return k.peers
+	}
+	k := &knownPeers{at: time.Now(), peers: r.cfg.Discovery.Peers()}
+	r.peers.Store(k)
+	return k.peers
+}
+
+type knownPeers struct {
+	at    time.Time
+	peers []Peer
 }
 
 // String names the replica in logs.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -320,18 +321,54 @@ func TestTheWatchTellsOfAStallOnceAndOfItsEndOnce(t *testing.T) {
 		say := func(s string) { mu.Lock(); defer mu.Unlock(); got = append(got, s) }
 		var wg sync.WaitGroup
 		wg.Go(func() { w.Run(ctx, func(time.Duration) { say("slow") }, func() { say("well") }) })
-		end := w.begin()
-		time.Sleep(900 * time.Millisecond)
-		end() // in time
-		end = w.begin()
+		takes := func(d time.Duration, err error) {
+			_ = w.write(func() error { time.Sleep(d); return err })
+		}
+		takes(900*time.Millisecond, nil)
+		takes(5*time.Second, nil)
 		time.Sleep(5 * time.Second)
-		end()
+		takes(0, errors.New("no space left"))
+		takes(0, errors.New("no space left"))
+		synctest.Wait()
+		takes(0, nil)
 		synctest.Wait()
 		time.Sleep(5 * time.Second)
 		cancel()
 		wg.Wait()
-		if fmt.Sprint(got) != "[slow well]" {
+		if fmt.Sprint(got) != "[slow well slow well]" {
 			t.Errorf("told %v", got)
+		}
+	})
+}
+
+// fullDisk has no room for a while.
+type fullDisk struct {
+	raft.StableStore
+	full int
+}
+
+func (f *fullDisk) Set(key, val []byte) error {
+	if f.full > 0 {
+		f.full--
+		return &os.PathError{Op: "write", Path: "raft.db", Err: syscall.ENOSPC}
+	}
+	return f.StableStore.Set(key, val)
+}
+
+func TestAVoteWaitsForRoomOnAFullDisk(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		stop := make(chan struct{})
+		s := &Stable{inner: &fullDisk{raft.NewInmemStore(), 7}, watch: newWatch(time.Second), stop: stop}
+		if err := s.SetUint64([]byte("CurrentTerm"), 3); err != nil {
+			t.Fatal(err)
+		}
+		if v, err := s.GetUint64([]byte("CurrentTerm")); err != nil || v != 3 {
+			t.Errorf("%d, %v", v, err)
+		}
+		s.inner = &fullDisk{raft.NewInmemStore(), 1 << 30}
+		time.AfterFunc(time.Minute, func() { close(stop) })
+		if err := s.SetUint64([]byte("CurrentTerm"), 4); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("after Release: %v", err)
 		}
 	})
 }

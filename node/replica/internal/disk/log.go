@@ -7,6 +7,8 @@ import (
 	"hash/crc32"
 	"strconv"
 	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-msgpack/v2/codec"
 	"github.com/hashicorp/raft"
@@ -29,7 +31,8 @@ var _ raft.LogStore = (*Log)(nil)
 // Watch returns the stopwatch over this disk's writes.
 func (l *Log) Watch() *Watch { return l.watch }
 
-// OnCorrupt sets what is called, once per damaged read, before the error is returned. Set it before Raft starts.
+// OnCorrupt sets what is called at every damaged read before the error is returned. It may park the caller for good:
+// Raft panics on an entry that it cannot read. Set it before Raft starts.
 func (l *Log) OnCorrupt(f func(error)) { l.onCorrupt.Store(&f) }
 
 // FirstIndex is raft.LogStore's.
@@ -75,14 +78,16 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 	for i, log := range logs {
 		sealed[i] = seal(log)
 	}
-	defer l.watch.begin()()
-	return l.report(Guarded("write raft log", "", func() error { return l.inner.StoreLogs(sealed) }))
+	return l.report(l.watch.write(func() error {
+		return Guarded("write raft log", "", func() error { return l.inner.StoreLogs(sealed) })
+	}))
 }
 
 // DeleteRange is raft.LogStore's, under the watch.
 func (l *Log) DeleteRange(first, last uint64) error {
-	defer l.watch.begin()()
-	return l.report(Guarded("compact raft log", "", func() error { return l.inner.DeleteRange(first, last) }))
+	return l.report(l.watch.write(func() error {
+		return Guarded("compact raft log", "", func() error { return l.inner.DeleteRange(first, last) })
+	}))
 }
 
 func (l *Log) report(err error) error {
@@ -153,14 +158,27 @@ func checkRecord(key, value []byte) (uint64, error) {
 type Stable struct {
 	inner raft.StableStore
 	watch *Watch
+	stop  <-chan struct{} // ends the wait for room
 }
 
 var _ raft.StableStore = (*Stable)(nil)
 
-// Set is raft.StableStore's.
+// Set is raft.StableStore's. On a full disk it waits for room: Raft would panic, and the watch keeps this node out of
+// the cluster meanwhile. Any other error is passed on: after a failed fsync nothing may be tried again.
 func (s *Stable) Set(key, val []byte) error {
-	defer s.watch.begin()()
-	return Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, closed(key, val)) })
+	return s.watch.write(func() error {
+		for {
+			err := Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, closed(key, val)) })
+			if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+				return err
+			}
+			select {
+			case <-s.stop:
+				return err
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
+	})
 }
 
 // Get is raft.StableStore's. The "not found" error is passed on as it is: Raft compares its text.

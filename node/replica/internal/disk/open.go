@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -42,10 +43,18 @@ type Stores struct {
 	HasState bool
 
 	bolt *raftboltdb.BoltStore
+	stop chan struct{}
+	once sync.Once
 }
 
+// Release ends waits for a full disk. Call it before Raft is shut down.
+func (s *Stores) Release() { s.once.Do(func() { close(s.stop) }) }
+
 // Close closes the log. Raft must be shut down before.
-func (s *Stores) Close() error { return s.bolt.Close() }
+func (s *Stores) Close() error {
+	s.Release()
+	return s.bolt.Close()
+}
 
 // Open opens and verifies the stores: the B+tree, the checksum of every entry, the snapshots, and that log and
 // snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing is ever deleted.
@@ -78,9 +87,10 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 	if opts.Wrap != nil {
 		store = opts.Wrap(store)
 	}
-	watch := newWatch(opts.Limit)
+	watch, stop := newWatch(opts.Limit), make(chan struct{})
 	s := &Stores{
-		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: bolt, watch: watch}, Snapshots: snaps, bolt: bolt,
+		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: bolt, watch: watch, stop: stop}, Snapshots: snaps,
+		bolt: bolt, stop: stop,
 	}
 	if s.HasState, err = raft.HasExistingState(s.Log, s.Stable, snaps); err != nil {
 		return nil, errors.Join(fault.As(fault.Corrupt, err, "look for raft state", d.Path), bolt.Close())

@@ -1088,14 +1088,17 @@ func TestAStartThatIsNoLongerWantedIsGivenUp(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := cluster(t, 3)
 		defer s.stop()
-		var killed atomic.Bool
-		s.nodes[2].plugins.act(sha("2"), behaviour{multiplexes: true, switchErr: errors.New("bad state")})
-		s.hook(nil, func(*commandv1.Command) {
-			if s.reload("r1").GetPhase() == commandv1.Phase_PHASE_COMMITTED && !killed.Swap(true) {
+		// As the last vote comes in, the prepared processes of the leader and of n3 die. The leader's next one takes long, and
+		// n3 has none that starts.
+		s.hook(func(c *commandv1.Command) error {
+			if s.batchCompletes(c) {
 				s.nodes[0].plugins.act(sha("2"), behaviour{multiplexes: true, startTook: 20 * time.Second})
+				s.nodes[2].plugins.act(sha("2"), behaviour{start: errors.New("exec format error")})
 				s.nodes[0].plugins.newest(kv).die(errors.New("signal: killed"))
+				s.nodes[2].plugins.newest(kv).die(errors.New("signal: killed"))
 			}
-		})
+			return nil
+		}, nil)
 		s.start(startReload("r1", &commandv1.Options{RollbackOnSwitchFailure: true}))
 		from := time.Now()
 		s.phase(s.ended("r1"), commandv1.Phase_PHASE_ROLLED_BACK)

@@ -182,8 +182,17 @@ func (n *simNode) lead() {
 	n.sim.mu.Lock()
 	term, r := n.sim.term, n.reloads
 	n.endLead = func() { cancel(); <-done }
+	n.sim.tellRoles()
 	n.sim.mu.Unlock()
 	go func() { defer close(done); r.Lead(ctx, term) }()
+}
+
+// tellRoles wakes whoever waits for a change of leadership. The caller holds mu.
+func (s *sim) tellRoles() {
+	for _, m := range s.nodes {
+		close(m.roles)
+		m.roles = make(chan struct{})
+	}
 }
 
 // elect makes n the leader of a new term. nil leaves the cluster without one.
@@ -197,10 +206,7 @@ func (s *sim) elect(n *simNode) {
 	if old != nil {
 		end, old.endLead = old.endLead, nil
 	}
-	for _, m := range s.nodes {
-		close(m.roles)
-		m.roles = make(chan struct{})
-	}
+	s.tellRoles()
 	s.mu.Unlock()
 	if end != nil {
 		end()

@@ -5,8 +5,10 @@ import (
 	"io"
 	"time"
 
+	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
 
+	"rollcall/fsm"
 	"rollcall/node/fault"
 	"rollcall/node/supervisor"
 )
@@ -20,16 +22,60 @@ const (
 // contentServer gives other nodes plugin bytes by their hash.
 type contentServer struct {
 	peerv1.UnimplementedContentServer
-	store *supervisor.Supervisor
+	store contentStore
+	// specs are those that the state knows with a hash: what may be looked for in this node's plugin directory.
+	specs func(sha256 string) []*commandv1.Spec
+}
+
+// contentStore is the part of the supervisor that keeps bytes.
+type contentStore interface {
+	OpenContent(sha256 string) (io.ReadCloser, int64, error)
+	Hash(ctx context.Context, command string) (string, error)
+	Ensure(ctx context.Context, spec supervisor.Spec) error
+}
+
+// open finds bytes in the store, or in a file of the plugin directory that was registered with that hash: this node may
+// not have needed it yet. It asks no other node, so that two nodes without the bytes do not ask each other.
+func (c *contentServer) open(ctx context.Context, sha256 string) (io.ReadCloser, error) {
+	r, _, err := c.store.OpenContent(sha256)
+	if !fault.Is(err, fault.NotFound) {
+		return r, err
+	}
+	for _, spec := range c.specs(sha256) {
+		if got, herr := c.store.Hash(ctx, spec.GetCommand()); herr != nil || got != sha256 {
+			continue
+		}
+		if eerr := c.store.Ensure(ctx, specOf(spec)); eerr == nil {
+			r, _, err = c.store.OpenContent(sha256)
+			return r, err
+		}
+	}
+	return nil, err
+}
+
+// specsWith lists the specs of the state that have a hash: of the catalog, and of mounts, whose entry may be gone.
+func specsWith(view *fsm.View, sha256 string) []*commandv1.Spec {
+	var out []*commandv1.Spec
+	for _, p := range view.Plugins() {
+		if p.GetSpec().GetSha256() == sha256 {
+			out = append(out, p.GetSpec())
+		}
+	}
+	for _, m := range view.Mounts() {
+		if m.GetWanted().GetSpec().GetSha256() == sha256 {
+			out = append(out, m.GetWanted().GetSpec())
+		}
+	}
+	return out
 }
 
 // Fetch streams the bytes of one sha256 in chunks.
 func (c *contentServer) Fetch(req *peerv1.FetchRequest, stream peerv1.Content_FetchServer) error {
-	r, _, err := c.store.OpenContent(req.GetSha256())
+	r, err := c.open(stream.Context(), req.GetSha256())
 	if err != nil {
 		return err
 	}
-	defer r.Close()
+	defer func() { _ = r.Close() }()
 	buf := make([]byte, contentChunk)
 	for {
 		k, err := r.Read(buf)

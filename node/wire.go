@@ -138,7 +138,8 @@ func (n *Node) openReloads() error {
 	server := n.transport.Server()
 	peerv1.RegisterReloadServer(server, n.reloads.Server())
 	peerv1.RegisterForwardServer(server, n.router.ForwardServer())
-	peerv1.RegisterContentServer(server, &contentServer{store: n.supervisor})
+	peerv1.RegisterContentServer(server, &contentServer{store: n.supervisor,
+		specs: func(sha256 string) []*commandv1.Spec { return specsWith(n.state.View(), sha256) }})
 	return nil
 }
 

@@ -43,14 +43,15 @@ func (n *Node) openReplicaDir() error {
 
 func (n *Node) openSupervisor() error {
 	sockets := n.cfg.SocketDir
-	if own := filepath.Join(n.cfg.DataDir, "sockets"); sockets == "" && len(own) <= maxSocketDir {
-		sockets = own // else the system's temporary directory: a socket's path has a limit
+	if own := filepath.Join(n.cfg.DataDir, "sockets"); sockets == "" && len(own) <= maxSocketDir && n.cfg.Plugins.UID == 0 {
+		// Else the system's temporary directory: a socket's path has a limit, and another user's plugins cannot enter here.
+		sockets = own
 	}
 	var err error
 	n.supervisor, err = supervisor.New(supervisor.Config{
 		PluginDir: n.cfg.PluginDir, DataDir: n.cfg.DataDir, SocketDir: sockets, StartTimeout: n.cfg.Plugins.StartTimeout,
 		NodeName: n.cfg.Name, HostVersion: APIVersion, GoMemLimit: int64(n.cfg.Plugins.MemoryLimit), UID: uint32(n.cfg.Plugins.UID), GID: uint32(n.cfg.Plugins.GID),
-		PassEnv: n.cfg.Plugins.EnvAllow, Fetch: &contentClient{node: n},
+		PassEnv: n.cfg.Plugins.EnvAllow, Cgroup: n.cfg.Plugins.Cgroup, Fetch: &contentClient{node: n},
 		Logger: n.component("supervisor"), Registerer: n.reg,
 	})
 	if err != nil {

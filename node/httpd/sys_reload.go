@@ -214,6 +214,7 @@ func (s *Server) startReload(q *request, start *commandv1.StartReload) (*reply, 
 	}
 	start.Id, start.Namespace, start.ServingNode, start.Options = id, q.ns, s.NodeID, opts
 	start.RequestedBy = q.who.Token.GetDisplayName()
+	start.LeaderId = s.Cluster.Status().LeaderID // waves put the leader last
 	start.RequestHash = fsm.RequestHash(start)
 	res, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_StartReload{StartReload: start}})
 	if err != nil {

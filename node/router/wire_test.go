@@ -140,10 +140,16 @@ func TestRoutingIsByLongestPrefixOfCanonicalPaths(t *testing.T) {
 		if rapid.Bool().Draw(t, "slash") {
 			path += "/"
 		}
+		// As Vault does: "kv" is "kv/" only where nothing else serves it.
 		want := ""
-		for _, m := range v.mounts {
-			if (strings.HasPrefix(path, m) || path+"/" == m) && len(m) > len(want) {
-				want = m
+		for _, full := range []string{path, path + "/"} {
+			for _, m := range v.mounts {
+				if strings.HasPrefix(full, m) && len(m) > len(want) {
+					want = m
+				}
+			}
+			if want != "" {
+				break
 			}
 		}
 		_, m, rest, err := r.find("", path)

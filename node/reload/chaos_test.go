@@ -22,7 +22,7 @@ import (
 // than two processes, that nobody reports before the old process is gone, and that nothing older than what is done is
 // answered. Afterwards everything must have come to rest. ROLLCALL_SEEDS runs more seeds, ROLLCALL_SEED one.
 func TestChaosLeavesEveryReloadEndedAndEveryNodeAsWanted(t *testing.T) {
-	seeds, first := 12, 1
+	seeds, first := 6, 1
 	if n, err := strconv.Atoi(os.Getenv("ROLLCALL_SEEDS")); err == nil {
 		seeds = n
 	}

@@ -34,6 +34,9 @@ type fakePlugins struct {
 	starts map[string]int
 	// tries counts calls of Start by sha, those that failed too.
 	tries map[string]int
+	// starting is how many starts are under way, startingMost the most at once.
+	starting, startingMost int
+
 	kept  []string
 	procs []*fakeProcess
 }
@@ -71,8 +74,14 @@ func (p *fakePlugins) Ensure(_ context.Context, spec *commandv1.Spec) error {
 
 func (p *fakePlugins) Start(ctx context.Context, mountUUID string, spec *commandv1.Spec) (Process, error) {
 	b := p.of(spec.GetSha256())
-	p.n.sim.set(func() { p.tries[spec.GetSha256()]++ })
-	if !sleep(ctx, b.startTook) {
+	p.n.sim.set(func() {
+		p.tries[spec.GetSha256()]++
+		p.starting++
+		p.startingMost = max(p.startingMost, p.starting)
+	})
+	slept := sleep(ctx, b.startTook)
+	p.n.sim.set(func() { p.starting-- })
+	if !slept {
 		return nil, context.Cause(ctx)
 	}
 	if b.start != nil {
@@ -229,6 +238,8 @@ type fakeRoutes struct {
 	routes  map[string]*fakeRoute
 	samples map[string]*peerv1.MountTraffic
 	trials  int
+	// after is the latency that LastSwitch tells of.
+	after int64
 }
 
 func newFakeRoutes(n *simNode) *fakeRoutes {
@@ -339,7 +350,7 @@ func (r *fakeRoutes) Switch(ctx context.Context, m *commandv1.Mount, plan Switch
 	r.checkTakeOver(m.GetUuid(), plan)
 	rt.backend, rt.generation, rt.role, rt.open, rt.dead = b, plan.Wanted.GetGeneration(), plan.Role, true, nil
 	rt.wake()
-	return &Switched{HoldFor: time.Since(from), Steps: []*commandv1.Step{{Name: "hold"}, {Name: "switch"}}}, nil
+	return &Switched{HoldFor: time.Since(from), Traffic: &commandv1.Traffic{Served: 3, P99BeforeUs: 100}, Steps: []*commandv1.Step{{Name: "hold"}, {Name: "switch"}}}, nil
 }
 
 // checkTakeOver looks whether a follower opens its gate before the leader, which is to come to the same generation, has
@@ -438,6 +449,12 @@ func (r *fakeRoutes) Running(uuid string) (uint64, bool) {
 	defer r.mu.Unlock()
 	rt := r.route(uuid)
 	return rt.generation, rt.open
+}
+
+func (r *fakeRoutes) LastSwitch(uuid string) *commandv1.Traffic {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return &commandv1.Traffic{Served: 10, P99BeforeUs: 100, P99AfterUs: r.after}
 }
 
 func (r *fakeRoutes) Traffic(uuid string) *peerv1.MountTraffic {

@@ -138,6 +138,8 @@ type Routes interface {
 	Relabel(mountUUID string, w *commandv1.Wanted)
 	// Running answers the generation behind the gate, and whether the gate lets requests through to it.
 	Running(mountUUID string) (generation uint64, ready bool)
+	// LastSwitch is what was measured around the mount's last switch, with what came after it until now; nil for none.
+	LastSwitch(mountUUID string) *commandv1.Traffic
 	// Traffic is what was measured since the running generation was ready; nil when nothing runs.
 	Traffic(mountUUID string) *peerv1.MountTraffic
 }

@@ -38,6 +38,29 @@ func (l *mountLoop) tell(v View) time.Duration {
 	}
 	if !shown(rl, p, o, rep) {
 		l.put(rl, rep)
+		return 0
+	}
+	return l.tellAfter(rl, p, o, rep)
+}
+
+// afterSwitch is how long a node measures what came after a switch before it says so.
+const afterSwitch = 5 * time.Second
+
+// tellAfter says once more what there was to say, with the latency after the switch, where the reload still runs by
+// then: while its wave bakes, or others are not there yet. One that is done is not written to again for this.
+func (l *mountLoop) tellAfter(
+	rl *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, rep *commandv1.MountReport,
+) time.Duration {
+	if terminal(rl.GetPhase()) || rep.GetTraffic() == nil || o.GetReport().GetTraffic().GetP99AfterUs() > 0 {
+		return 0
+	}
+	if wait := afterSwitch - time.Since(l.run.served); wait > 0 {
+		return wait
+	}
+	rep.Traffic = l.r.cfg.Routes.LastSwitch(l.uuid)
+	if !shown(rl, p, o, rep) {
+		l.story.traffic = rep.GetTraffic()
+		l.put(rl, rep)
 	}
 	return 0
 }
@@ -170,7 +193,8 @@ func shown(
 		return terminal(rl.GetPhase()) ||
 			rank(have.GetStage()) >= rank(rep.GetStage()) && have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	case commandv1.MountReport_STAGE_SWITCHED:
-		return have.GetStage() == commandv1.MountReport_STAGE_SWITCHED &&
+		more := rep.GetTraffic().GetP99AfterUs() > 0 && have.GetTraffic().GetP99AfterUs() == 0 && !terminal(rl.GetPhase())
+		return have.GetStage() == commandv1.MountReport_STAGE_SWITCHED && !more &&
 			have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	default:
 		return true

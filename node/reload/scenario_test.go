@@ -328,10 +328,22 @@ func TestRollingGoesFollowersFirstAndTheLeaderLast(t *testing.T) {
 			}
 		})
 		s.start(startReload("r1", &commandv1.Options{
-			Strategy: commandv1.Strategy_STRATEGY_ROLLING, MaxUnavailable: 1, BakeMs: ms(2 * time.Second),
+			Strategy: commandv1.Strategy_STRATEGY_ROLLING, MaxUnavailable: 1, BakeMs: ms(10 * time.Second),
 		}))
+		s.set(func() {
+			for _, n := range s.nodes {
+				n.routes.mu.Lock()
+				n.routes.after = 70
+				n.routes.mu.Unlock()
+			}
+		})
 		rl := s.ended("r1")
 		s.phase(rl, commandv1.Phase_PHASE_DONE)
+		for _, p := range rl.GetParticipants() {
+			if got := outcome(p, kv).GetReport().GetTraffic().GetP99AfterUs(); got != 70 {
+				t.Errorf("%s: the p99 after the switch is %d in the record", p.GetNodeId(), got)
+			}
+		}
 		if got := strings.Join(order, " "); got != "n2 n3 n1" {
 			t.Errorf("order %q, want n2 n3 n1", got)
 		}
@@ -1110,5 +1122,27 @@ func TestAStartThatIsNoLongerWantedIsGivenUp(t *testing.T) {
 		if got := s.nodes[0].plugins.started(kv); got != 2 {
 			t.Errorf("n1 started %d processes, want 2: the first one serves on", got)
 		}
+	})
+}
+
+func TestABootStartsAFewPluginsAtATime(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := newSim(t, 1)
+		defer s.stop()
+		s.register("v1.0.0", "1")
+		n := s.nodes[0]
+		n.stop()
+		for i := range 20 {
+			s.enable(fmt.Sprintf("00000000-0000-4000-8000-0000000001%02d", i), fmt.Sprintf("kv%d/", i))
+		}
+		n.start()
+		for i := range 20 {
+			s.settle(fmt.Sprintf("00000000-0000-4000-8000-0000000001%02d", i))
+		}
+		s.set(func() {
+			if n.plugins.startingMost != 2 {
+				t.Errorf("%d starts at once, want 2", n.plugins.startingMost)
+			}
+		})
 	})
 }

@@ -40,8 +40,7 @@ func (d *delegate) MergeRemoteState([]byte, bool) {}
 
 // NotifyAlive refuses who cannot be understood or belongs to another cluster.
 func (d *delegate) NotifyAlive(peer *memberlist.Node) error {
-	_, err := d.g.acceptable(peer)
-	if err != nil {
+	if err := d.g.acceptable(peer); err != nil {
 		d.g.m.refused.Inc()
 		d.g.log.Debug("gossip of a node is refused", "from", peer.Address(), "error", err)
 		return err
@@ -55,7 +54,7 @@ func (d *delegate) NotifyMerge(peers []*memberlist.Node) error {
 		if p.State != memberlist.StateAlive && p.State != memberlist.StateSuspect {
 			continue // the dead may have been anybody
 		}
-		if _, err := d.g.acceptable(p); err != nil {
+		if err := d.g.acceptable(p); err != nil {
 			d.g.m.refused.Inc()
 			d.g.log.Warn("refusing to gossip with a node of another cluster", "node", p.Name, "at", p.Address(), "error", err)
 			return err
@@ -81,18 +80,18 @@ func (d *delegate) NotifyUpdate(n *memberlist.Node) { d.g.learn(n, Alive) }
 func (d *delegate) NotifyLeave(n *memberlist.Node) { d.g.learn(n, Dead) }
 
 // acceptable decodes what the node announces and checks that it belongs with us.
-func (g *Gossip) acceptable(n *memberlist.Node) (*fact, error) {
+func (g *Gossip) acceptable(n *memberlist.Node) error {
 	f, err := decode(n.Meta, n.Name)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	g.mu.Lock()
 	ours := g.self.ClusterID
 	g.mu.Unlock()
 	if ours != "" && f.ClusterID != "" && f.ClusterID != ours {
-		return nil, fault.New(fault.Conflict, "gossip", f.Name, "belongs to cluster %s, this node to %s", f.ClusterID, ours)
+		return fault.New(fault.Conflict, "gossip", f.Name, "belongs to cluster %s, this node to %s", f.ClusterID, ours)
 	}
-	return f, nil
+	return nil
 }
 
 // learn enters what is known of a member now.

@@ -237,8 +237,8 @@ type advertisedTransport struct {
 var _ memberlist.NodeAwareTransport = (*advertisedTransport)(nil)
 
 // FinalAdvertiseAddr is memberlist.Transport's.
-func (t *advertisedTransport) FinalAdvertiseAddr(ip string, port int) (net.IP, int, error) {
-	port = t.GetAutoBindPort()
+func (t *advertisedTransport) FinalAdvertiseAddr(ip string, _ int) (net.IP, int, error) {
+	port := t.GetAutoBindPort()
 	if a := t.g.cfg.Advertise; a != "" {
 		host, portText, err := net.SplitHostPort(a)
 		if err != nil {

@@ -259,11 +259,11 @@ func TestANodeWithoutStateListensOnlyToWhomItAsked(t *testing.T) {
 	if resp, err := send(g, founder, ""); err != nil || !resp.(*raft.RequestVoteResponse).Granted {
 		t.Errorf("no vote for a founder: %+v, %v", resp, err)
 	}
-	feed := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 2, Leader: []byte("leader")}
+	feed := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 2}
 	if resp, err := send(g, feed, ""); err != nil || !resp.(*raft.AppendEntriesResponse).Success {
 		t.Errorf("the leader that was asked is refused: %+v, %v", resp, err)
 	}
-	giant := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 1 << 60, Leader: []byte("leader")}
+	giant := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 1 << 60}
 	if _, err := send(g, giant, ""); err == nil || node.CurrentTerm() != 2 {
 		t.Errorf("a giant term was taken up: %v, now %d", err, node.CurrentTerm())
 	}

@@ -81,7 +81,7 @@ func trim(s string, n int) string {
 
 // dotted reports whether a slash-separated path has an element "." or "..", or an empty one inside.
 func dotted(path string) bool {
-	for _, el := range strings.Split(strings.TrimSuffix(path, "/"), "/") {
+	for el := range strings.SplitSeq(strings.TrimSuffix(path, "/"), "/") {
 		if el == "" || el == "." || el == ".." {
 			return true
 		}

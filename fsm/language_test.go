@@ -183,7 +183,7 @@ func (w *world) parseReload(c *commandv1.Command, verb string, a args) {
 		c.Body = &commandv1.Command_StartReload{StartReload: w.parseStart(a)}
 	case "prepared", "refused", "failed", "safe", "switched":
 		batch := &commandv1.ReportBatch{}
-		for _, node := range strings.Split(a.at(1), ",") {
+		for node := range strings.SplitSeq(a.at(1), ",") {
 			batch.Reports = append(batch.Reports, w.report(r, verb, node, a))
 		}
 		c.Body = &commandv1.Command_ReportBatch{ReportBatch: batch}

@@ -26,8 +26,10 @@ import (
 type plugins struct{ *supervisor.Supervisor }
 
 func specOf(s *commandv1.Spec) supervisor.Spec {
-	return supervisor.Spec{Type: s.GetType(), Name: s.GetName(), Version: s.GetVersion(), Command: s.GetCommand(),
-		Args: s.GetArgs(), Env: s.GetEnv(), SHA256: s.GetSha256()}
+	return supervisor.Spec{
+		Type: s.GetType(), Name: s.GetName(), Version: s.GetVersion(), Command: s.GetCommand(),
+		Args: s.GetArgs(), Env: s.GetEnv(), SHA256: s.GetSha256(),
+	}
 }
 
 func (p plugins) Ensure(ctx context.Context, s *commandv1.Spec) error {
@@ -109,8 +111,10 @@ func backendOf(b reload.Backend) router.Backend {
 }
 
 func (r routes) Switch(ctx context.Context, m *commandv1.Mount, p reload.SwitchPlan) (*reload.Switched, error) {
-	sw, err := r.Router.Switch(ctx, m, router.SwitchPlan{Wanted: p.Wanted, Backend: backendOf(p.Backend), Role: router.Role(p.Role),
-		Hold: p.Hold, Force: p.Force, KeepOld: p.KeepOld, AwaitTakeOver: p.AwaitTakeOver})
+	sw, err := r.Router.Switch(ctx, m, router.SwitchPlan{
+		Wanted: p.Wanted, Backend: backendOf(p.Backend), Role: router.Role(p.Role),
+		Hold: p.Hold, Force: p.Force, KeepOld: p.KeepOld, AwaitTakeOver: p.AwaitTakeOver,
+	})
 	if sw == nil {
 		return nil, err
 	}
@@ -243,11 +247,13 @@ func (f *fileCertificate) get() (*tls.Certificate, error) {
 type pluginRoutes struct{ *router.Router }
 
 func requestOf(q *httpd.PluginRequest) *router.Request {
-	return &router.Request{ID: q.ID, Namespace: q.Namespace, Path: q.Path, Operation: q.Operation, Data: q.Data,
+	return &router.Request{
+		ID: q.ID, Namespace: q.Namespace, Path: q.Path, Operation: q.Operation, Data: q.Data,
 		Headers: q.Headers, RemoteAddr: q.RemoteAddr, ClientToken: q.ClientToken, TokenAccessor: q.TokenAccessor,
 		DisplayName: q.DisplayName, EntityID: q.EntityID, Policies: q.Policies, TokenTTL: q.TokenTTL,
 		TokenRemainingUses: q.TokenRemainingUses, Unauthenticated: q.Unauthenticated, NoForward: q.NoForward,
-		Secret: q.Secret, Auth: q.Auth}
+		Secret: q.Secret, Auth: q.Auth,
+	}
 }
 
 func (p pluginRoutes) Handle(ctx context.Context, q *httpd.PluginRequest) (*httpd.PluginResponse, error) {

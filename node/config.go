@@ -133,10 +133,13 @@ type RaftConfig struct {
 	// SnapshotThreshold is how many entries make a snapshot. Default 8192. Lower: more disk work; higher: a longer
 	// start.
 	SnapshotThreshold int `key:"snapshot_threshold"`
+	// SnapshotInterval is how often the log is looked at for a snapshot, spread up to twice that. Default 2m. Longer: the
+	// log grows beyond SnapshotThreshold under load.
+	SnapshotInterval time.Duration `key:"snapshot_interval"`
 	// TrailingLogs is how many entries stay behind a snapshot, for followers that are behind. Default 10240. Lower:
 	// a follower that was away for a moment gets a whole snapshot.
 	TrailingLogs int `key:"trailing_logs"`
-	// Voters is how many members vote; the others follow without a vote. Default 5; 1, 3, 5 or 7. More voters
+	// Voters is how many members vote; the others follow without a vote. Default 5; 3 or 5. More voters
 	// survive more losses and make each write wait for more disks.
 	Voters int `key:"voters"`
 }
@@ -233,7 +236,7 @@ func DefaultConfig() Config {
 			Listen: "127.0.0.1:8200", MaxBody: 32 << 20, ReadTimeout: time.Minute, IdleTimeout: 2 * time.Minute,
 		},
 		Raft: RaftConfig{
-			PerformanceMultiplier: 1, SnapshotThreshold: 8192, TrailingLogs: 10240, Voters: 5,
+			PerformanceMultiplier: 1, SnapshotThreshold: 8192, SnapshotInterval: 2 * time.Minute, TrailingLogs: 10240, Voters: 5,
 		},
 		Lease:     LeaseConfig{TTL: 5 * time.Second},
 		Autopilot: AutopilotConfig{DeadServerThreshold: 24 * time.Hour, Stabilization: 10 * time.Second},

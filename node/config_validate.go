@@ -222,9 +222,10 @@ func (c *Config) validateRaft(p *problems) {
 	r := &c.Raft
 	p.number("raft.performance_multiplier", r.PerformanceMultiplier, 1, 10)
 	p.number("raft.snapshot_threshold", r.SnapshotThreshold, 16, 1<<24)
+	p.duration("raft.snapshot_interval", r.SnapshotInterval, 100*time.Millisecond, 24*time.Hour)
 	p.number("raft.trailing_logs", r.TrailingLogs, 16, 1<<24)
-	p.unless(slices.Contains([]int{1, 3, 5, 7}, r.Voters), "raft.voters",
-		"%d is not 1, 3, 5 or 7; an even number survives no more losses than the odd one below it", r.Voters)
+	p.unless(slices.Contains([]int{3, 5}, r.Voters), "raft.voters",
+		"%d is not 3 or 5; an even number survives no more losses than the odd one below it", r.Voters)
 	least := 3 * time.Second * time.Duration(max(1, r.PerformanceMultiplier))
 	p.duration("lease.ttl", c.Lease.TTL, least, time.Minute)
 	p.duration("autopilot.dead_server_threshold", c.Autopilot.DeadServerThreshold, time.Minute, 365*24*time.Hour)

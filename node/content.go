@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"io"
 	"time"
 
@@ -135,7 +136,7 @@ func fetchFrom(ctx context.Context, c peerv1.ContentClient, sha256 string, w io.
 	}
 	for {
 		resp, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return sent, nil
 		}
 		if err != nil {

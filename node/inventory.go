@@ -40,9 +40,11 @@ func (i *inventory) Running() map[string]api.RunningMount {
 }
 
 func runningOf(s reload.MountStatus) api.RunningMount {
-	r := api.RunningMount{MountUUID: s.MountUUID, Generation: s.Generation, Version: s.Spec.GetVersion(), SHA256: s.Spec.GetSha256(),
+	r := api.RunningMount{
+		MountUUID: s.MountUUID, Generation: s.Generation, Version: s.Spec.GetVersion(), SHA256: s.Spec.GetSha256(),
 		PID: int64(s.PID), State: string(s.State), Error: s.LastError, Restarts: s.Restarts,
-		Ready: s.PID != 0 && (s.State == reload.StateReady || s.State == reload.StatePreparing)}
+		Ready: s.PID != 0 && (s.State == reload.StateReady || s.State == reload.StatePreparing),
+	}
 	if !s.Started.IsZero() {
 		r.Started = s.Started.UTC().Format(time.RFC3339)
 	}
@@ -88,9 +90,11 @@ func (i *inventory) RunningEverywhere(ctx context.Context) []api.NodeRunning {
 	i.each(askTimeout, ctx, func(ctx context.Context, k int, _ *commandv1.Node, c peerv1.ReloadClient) error {
 		resp, err := c.Running(ctx, &peerv1.RunningRequest{})
 		for _, m := range resp.GetMounts() {
-			out[k].Mounts = append(out[k].Mounts, api.RunningMount{MountUUID: m.GetMountUuid(), Generation: m.GetGeneration(),
+			out[k].Mounts = append(out[k].Mounts, api.RunningMount{
+				MountUUID: m.GetMountUuid(), Generation: m.GetGeneration(),
 				Version: m.GetVersion(), SHA256: m.GetSha256(), PID: m.GetPid(), State: m.GetState(), Error: m.GetError(),
-				Ready: m.GetReady(), Restarts: m.GetRestarts(), Started: time.UnixMilli(m.GetStartedWallMs()).UTC().Format(time.RFC3339)})
+				Ready: m.GetReady(), Restarts: m.GetRestarts(), Started: time.UnixMilli(m.GetStartedWallMs()).UTC().Format(time.RFC3339),
+			})
 		}
 		return err
 	}, func(k int) {
@@ -135,8 +139,10 @@ func planMounts(targets []*commandv1.Target, reports []*commandv1.MountReport, r
 	}
 	out := []api.PlanMount{}
 	for k, r := range reports {
-		m := api.PlanMount{Mount: paths[r.GetMountUuid()], MountUUID: r.GetMountUuid(), Phase: r.GetFailedPhase(), Cause: r.GetCause(),
-			OK: r.GetStage() == commandv1.MountReport_STAGE_PREPARED, Version: r.GetTo().GetVersion(), SHA256: r.GetTo().GetSha256()}
+		m := api.PlanMount{
+			Mount: paths[r.GetMountUuid()], MountUUID: r.GetMountUuid(), Phase: r.GetFailedPhase(), Cause: r.GetCause(),
+			OK: r.GetStage() == commandv1.MountReport_STAGE_PREPARED, Version: r.GetTo().GetVersion(), SHA256: r.GetTo().GetSha256(),
+		}
 		if k < len(rss) {
 			m.RSSBytes = rss[k]
 		}
@@ -154,9 +160,11 @@ type cluster struct{ n *Node }
 
 func (c *cluster) Status() api.ClusterStatus {
 	view, role := c.n.state.View(), c.n.replica.Role()
-	st := api.ClusterStatus{Initialized: view.ClusterID() != "", ClusterName: view.ClusterName(), ClusterID: view.ClusterID(),
+	st := api.ClusterStatus{
+		Initialized: view.ClusterID() != "", ClusterName: view.ClusterName(), ClusterID: view.ClusterID(),
 		IsLeader: role.Leader, LeaderID: role.LeaderID, LeaderClusterAddress: role.LeaderAddress, Term: role.Term,
-		CommitIndex: view.Index(), AppliedIndex: view.Index()}
+		CommitIndex: view.Index(), AppliedIndex: view.Index(),
+	}
 	if row := view.Node(role.LeaderID); row != nil {
 		st.LeaderName, st.LeaderAPIAddress = row.GetName(), row.GetApiAddress()
 	}

@@ -80,8 +80,10 @@ func StartLocal(ctx context.Context, opt LocalOptions) (*Local, error) {
 // configure makes node i's configuration: kept, so that a restart is the same node.
 func (l *Local) configure(i int) error {
 	name := fmt.Sprintf("node-%d", i+1)
-	creds, err := transport.Issue(l.CA, pki.Request{Role: pki.RoleNode, Name: name, DNSNames: []string{"localhost"},
-		TTL: 365 * 24 * time.Hour})
+	creds, err := transport.Issue(l.CA, pki.Request{
+		Role: pki.RoleNode, Name: name, DNSNames: []string{"localhost"},
+		TTL: 365 * 24 * time.Hour,
+	})
 	if err != nil {
 		return err
 	}

@@ -48,7 +48,7 @@ type Options struct {
 	NoSync bool
 	// Heartbeat overrides Raft's timers (default 500 ms times the multiplier), for tests.
 	Heartbeat time.Duration
-	// SnapshotInterval overrides how often the log is looked at for a snapshot (default 120 s), for tests.
+	// SnapshotInterval overrides how often the log is looked at for a snapshot (default: the configuration), for tests.
 	SnapshotInterval time.Duration
 }
 
@@ -108,9 +108,15 @@ func (n *Node) open() error {
 		name string
 		run  func() error
 	}{
-		{"http port", n.bindHTTP}, {"data directory", n.openReplicaDir}, {"supervisor", n.openSupervisor}, {"router", n.openRouter},
-		{"cluster port", n.openTransport}, {"gossip", n.openGossip}, {"replica", n.openReplica},
-		{"reloads", n.openReloads}, {"http", n.openHTTP},
+		{"http port", n.bindHTTP},
+		{"data directory", n.openReplicaDir},
+		{"supervisor", n.openSupervisor},
+		{"router", n.openRouter},
+		{"cluster port", n.openTransport},
+		{"gossip", n.openGossip},
+		{"replica", n.openReplica},
+		{"reloads", n.openReloads},
+		{"http", n.openHTTP},
 	} {
 		if err := build.run(); err != nil {
 			return fault.Wrap(err, "open", build.name)

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -111,7 +112,7 @@ func (n *Node) openReplica() error {
 		Discovery: n.discovery, Announce: n.announce, NewCluster: n.newCluster,
 		Converged: func() bool { return n.reloads.Converged() }, CanExpire: canExpire, OnFatal: n.fail,
 		Lease: n.cfg.Lease.TTL, Heartbeat: n.opt.Heartbeat, Multiplier: n.cfg.Raft.PerformanceMultiplier,
-		SnapshotThreshold: uint64(n.cfg.Raft.SnapshotThreshold), SnapshotInterval: n.opt.SnapshotInterval,
+		SnapshotThreshold: uint64(n.cfg.Raft.SnapshotThreshold), SnapshotInterval: cmp.Or(n.opt.SnapshotInterval, n.cfg.Raft.SnapshotInterval),
 		TrailingLogs: uint64(n.cfg.Raft.TrailingLogs), PromoteAfter: n.cfg.Autopilot.Stabilization,
 		RemoveDeadAfter: n.cfg.Autopilot.DeadServerThreshold, NoSync: n.opt.NoSync,
 		Logger: n.component("replica"), Metrics: n.reg,
@@ -139,8 +140,10 @@ func (n *Node) openReloads() error {
 	server := n.transport.Server()
 	peerv1.RegisterReloadServer(server, n.reloads.Server())
 	peerv1.RegisterForwardServer(server, n.router.ForwardServer())
-	peerv1.RegisterContentServer(server, &contentServer{store: n.supervisor,
-		specs: func(sha256 string) []*commandv1.Spec { return specsWith(n.state.View(), sha256) }})
+	peerv1.RegisterContentServer(server, &contentServer{
+		store: n.supervisor,
+		specs: func(sha256 string) []*commandv1.Spec { return specsWith(n.state.View(), sha256) },
+	})
 	return nil
 }
 
@@ -340,9 +343,7 @@ func (n *Node) leave() {
 	_ = n.stopHTTP(ctx) // what does not finish in time is cut
 	err := n.reloads.Stop(ctx)
 	if err == nil {
-		_, err = n.replica.Propose(ctx, &commandv1.Command{WallMs: time.Now().UnixMilli(), Body: &commandv1.Command_Leave{
-			Leave: &commandv1.Leave{NodeId: n.ID(), Incarnation: n.replica.Incarnation()},
-		}})
+		err = n.replica.Leave(ctx)
 	}
 	if err == nil {
 		err = n.replica.RemoveMember(ctx, n.ID())

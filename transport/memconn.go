@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -187,7 +188,7 @@ func (c *memConn) Read(b []byte) (int, error) {
 		default:
 		}
 		n, changed, in, err := c.in.pull(b)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return 0, io.EOF
 		}
 		if err != nil {

@@ -200,7 +200,7 @@ func TestACloseIsHeardAfterWhatWasSent(t *testing.T) {
 		silent(t, b, time.Minute) // a partition hides the close
 		write(t, b, "into the void")
 		n.HealAll()
-		if _, err := b.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := b.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("read: %v, want EOF", err)
 		}
 		if _, err := b.Write([]byte("x")); !errors.Is(err, syscall.EPIPE) {

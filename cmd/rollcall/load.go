@@ -36,8 +36,10 @@ func startLoad(ctx context.Context, addresses []string, token string, clients in
 	l := &load{cancel: cancel}
 	hc := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: clients}, Timeout: 30 * time.Second}
 	for i := range clients {
-		c := &loadClient{l: l, http: hc, base: addresses[i%len(addresses)], token: token, key: "counter-" + strconv.Itoa(i),
-			seen: map[string]uint64{}}
+		c := &loadClient{
+			l: l, http: hc, base: addresses[i%len(addresses)], token: token, key: "counter-" + strconv.Itoa(i),
+			seen: map[string]uint64{},
+		}
 		l.wg.Go(func() { c.run(ctx) })
 	}
 	return l

@@ -49,6 +49,7 @@ http {
 raft {
   performance_multiplier = 1
   snapshot_threshold     = 8192
+  snapshot_interval      = "2m"
   trailing_logs          = 10240
   voters                 = 5
 }

@@ -91,8 +91,10 @@ func (c *Client) RegisterPlugin(ctx context.Context, kind, name string, in Regis
 
 // DeregisterPlugin removes an entry; the empty version is the unversioned entry only. No error when it is absent.
 func (c *Client) DeregisterPlugin(ctx context.Context, kind, name, version string) error {
-	_, err := c.data(ctx, call{method: http.MethodDelete, path: catalogPath(kind, name),
-		query: url.Values{"version": {version}}, repeatable: true}, nil)
+	_, err := c.data(ctx, call{
+		method: http.MethodDelete, path: catalogPath(kind, name),
+		query: url.Values{"version": {version}}, repeatable: true,
+	}, nil)
 	return err
 }
 
@@ -105,8 +107,10 @@ func (c *Client) Pins(ctx context.Context) ([]Pin, error) {
 
 // SetPin pins a plugin to a version; it takes effect at the next reload.
 func (c *Client) SetPin(ctx context.Context, kind, name, version string) error {
-	_, err := c.data(ctx, call{method: http.MethodPut, path: "sys/plugins/pins/" + kind + "/" + name,
-		body: map[string]string{"version": version}, repeatable: true}, nil)
+	_, err := c.data(ctx, call{
+		method: http.MethodPut, path: "sys/plugins/pins/" + kind + "/" + name,
+		body: map[string]string{"version": version}, repeatable: true,
+	}, nil)
 	return err
 }
 
@@ -259,8 +263,10 @@ func (c *Client) SnapshotSave(ctx context.Context, w io.Writer) (int64, error) {
 
 // SnapshotRestore replaces the cluster's state with a snapshot. ctx alone bounds it.
 func (c *Client) SnapshotRestore(ctx context.Context, r io.Reader) error {
-	_, err := c.do(ctx, call{method: http.MethodPost, path: "sys/storage/raft/snapshot", raw: r,
-		header: http.Header{"Content-Type": {"application/octet-stream"}}})
+	_, err := c.do(ctx, call{
+		method: http.MethodPost, path: "sys/storage/raft/snapshot", raw: r,
+		header: http.Header{"Content-Type": {"application/octet-stream"}},
+	})
 	return err
 }
 

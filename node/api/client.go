@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -82,9 +83,8 @@ func redirect(req *http.Request, via []*http.Request) error {
 	if req.Method != via[0].Method { // 301 and 302 turn into GET
 		return http.ErrUseLastResponse
 	}
-	for k, v := range via[0].Header { // the library drops what it takes for credentials when the host changes
-		req.Header[k] = v
-	}
+	// the library drops what it takes for credentials when the host changes
+	maps.Copy(req.Header, via[0].Header)
 	return nil
 }
 
@@ -215,9 +215,7 @@ func (c *Client) try(ctx context.Context, u *url.URL, k call, payload []byte) (*
 	if err != nil {
 		return nil, fault.As(fault.Invalid, err, k.method, target.String())
 	}
-	for name, v := range k.header {
-		req.Header[name] = v
-	}
+	maps.Copy(req.Header, k.header)
 	req.Header.Set(HeaderRequest, "true")
 	if c.cfg.Token != "" {
 		req.Header.Set(HeaderToken, c.cfg.Token)
@@ -253,8 +251,7 @@ func transportFault(err error, method string, u *url.URL) error {
 	if e, ok := errors.AsType[*fault.Error](err); ok { // redirect's own
 		return e
 	}
-	var urlErr *url.Error
-	if errors.As(err, &urlErr) {
+	if urlErr, ok := errors.AsType[*url.Error](err); ok {
 		err = urlErr.Err
 	}
 	var op *net.OpError
@@ -267,16 +264,20 @@ func transportFault(err error, method string, u *url.URL) error {
 		return &fault.Error{Kind: fault.Unavailable, Err: err, Text: "the certificate of " + where + " is not trusted (" +
 			cert.Err.Error() + "): give its CA with -ca-cert or ROLLCALL_CACERT"}
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
-		return &fault.Error{Kind: fault.Unavailable, Err: err,
-			Text: where + " speaks plain HTTP: use http:// in -address or ROLLCALL_ADDR"}
+		return &fault.Error{
+			Kind: fault.Unavailable, Err: err,
+			Text: where + " speaks plain HTTP: use http:// in -address or ROLLCALL_ADDR",
+		}
 	case errors.As(err, &dns), errors.As(err, &op) && op.Op == "dial":
 		return &fault.Error{Kind: fault.Unavailable, Err: err, Text: "no node answers at " + where + " (" + err.Error() +
 			"): is it running? Say where with -address or ROLLCALL_ADDR"}
 	case errors.Is(err, context.DeadlineExceeded):
 		return &fault.Error{Kind: fault.Deadline, Op: method, Subject: u.String(), Err: err, Text: "no answer in time"}
 	default:
-		return &fault.Error{Kind: fault.OutcomeUnknown, Op: method, Subject: u.String(), Err: err,
-			Text: "the connection broke before the answer (" + err.Error() + "): it is not known whether the request took effect"}
+		return &fault.Error{
+			Kind: fault.OutcomeUnknown, Op: method, Subject: u.String(), Err: err,
+			Text: "the connection broke before the answer (" + err.Error() + "): it is not known whether the request took effect",
+		}
 	}
 }
 

@@ -103,7 +103,11 @@ func TestTheEnvironmentIsReadInTheOrderRollcallBaoVault(t *testing.T) {
 
 func TestAConfigThatCannotWorkIsRefused(t *testing.T) {
 	for _, c := range []Config{
-		{Addresses: []string{"node1:8200"}}, {Addresses: []string{"ftp://x"}}, {ClientCert: "a"}, {Token: "a b"}, {Timeout: -1},
+		{Addresses: []string{"node1:8200"}},
+		{Addresses: []string{"ftp://x"}},
+		{ClientCert: "a"},
+		{Token: "a b"},
+		{Timeout: -1},
 		{Addresses: []string{"https://x"}, CACert: "/does/not/exist"},
 	} {
 		if _, err := New(c); !fault.Is(err, fault.Invalid) {
@@ -271,8 +275,11 @@ func TestPeersAreLearnedWithoutLeavingTLSAndWithoutDoubles(t *testing.T) {
 	var self string
 	c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
 		answerData(w, Members{Members: []Member{
-			{Name: "n1", APIAddress: self}, {Name: "n2", APIAddress: "http://n2:8200"}, {Name: "n3", APIAddress: "https://n3:8200"},
-			{Name: "n4", APIAddress: "http://n4:8200", Left: true}, {Name: "n5"},
+			{Name: "n1", APIAddress: self},
+			{Name: "n2", APIAddress: "http://n2:8200"},
+			{Name: "n3", APIAddress: "https://n3:8200"},
+			{Name: "n4", APIAddress: "http://n4:8200", Left: true},
+			{Name: "n5"},
 		}})
 	})
 	self = c.Address()

@@ -39,8 +39,10 @@ func (c *Client) Rollback(ctx context.Context, kind, name string, req ReloadRequ
 
 func (c *Client) startReload(ctx context.Context, path string, req ReloadRequest) (*ReloadResponse, Warnings, error) {
 	out := &ReloadResponse{}
-	warnings, err := c.data(ctx, call{method: http.MethodPut, path: path, body: req,
-		repeatable: req.ReloadID != "" && req.Scope == "global"}, out)
+	warnings, err := c.data(ctx, call{
+		method: http.MethodPut, path: path, body: req,
+		repeatable: req.ReloadID != "" && req.Scope == "global",
+	}, out)
 	if err == nil && out.ReloadID == "" {
 		out.ReloadID = req.ReloadID
 	}

@@ -127,8 +127,12 @@ func (c *Config) setDefaults() {
 		field *time.Duration
 		value time.Duration
 	}{
-		{&c.StartTimeout, 10 * time.Second}, {&c.CleanupTimeout, 5 * time.Second}, {&c.ShutdownTimeout, 2 * time.Second},
-		{&c.TermTimeout, time.Second}, {&c.PipeTimeout, 500 * time.Millisecond}, {&c.ContentGrace, 10 * time.Minute},
+		{&c.StartTimeout, 10 * time.Second},
+		{&c.CleanupTimeout, 5 * time.Second},
+		{&c.ShutdownTimeout, 2 * time.Second},
+		{&c.TermTimeout, time.Second},
+		{&c.PipeTimeout, 500 * time.Millisecond},
+		{&c.ContentGrace, 10 * time.Minute},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value

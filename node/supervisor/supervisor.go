@@ -50,7 +50,6 @@ type Supervisor struct {
 	work      sync.WaitGroup // goroutines of runs and of the reaper
 	quit      context.CancelFunc
 	closing   sync.Once
-	closeErr  error
 }
 
 // New opens the content store, kills what an earlier host on the same data directory has left behind, and starts
@@ -145,11 +144,11 @@ func Reap(ctx context.Context) {
 // Close ends every process, each as Process.Close does, and waits for all of them. It does not outlast ctx by more
 // than it takes the kernel to kill. Further calls wait for the first.
 func (s *Supervisor) Close(ctx context.Context) error {
-	s.closing.Do(func() { s.closeErr = s.close(ctx) })
-	return s.closeErr
+	s.closing.Do(func() { s.close(ctx) })
+	return nil
 }
 
-func (s *Supervisor) close(ctx context.Context) error {
+func (s *Supervisor) close(ctx context.Context) {
 	s.mu.Lock()
 	s.closed = true
 	s.quit()
@@ -172,7 +171,6 @@ func (s *Supervisor) close(ctx context.Context) error {
 	s.store.Close()
 	s.sockets.remove()
 	s.metrics.unregister()
-	return nil
 }
 
 // Hash returns the sha256 of a file in the plugin directory, for registration. Errors: fault.NotFound,

@@ -214,9 +214,12 @@ func (c *chaos) hurt() {
 		})
 	case 6: // bytes that misbehave on one node
 		bad := []behaviour{
-			{ensure: errors.New("no such file")}, {start: errors.New("exec format error"), startTook: time.Second},
-			{setup: errors.New("bad configuration"), multiplexes: true}, {switchErr: errors.New("bad state"), multiplexes: true},
-			{diesAfter: 300 * time.Millisecond, multiplexes: true}, {startTook: 8 * time.Second, multiplexes: true},
+			{ensure: errors.New("no such file")},
+			{start: errors.New("exec format error"), startTook: time.Second},
+			{setup: errors.New("bad configuration"), multiplexes: true},
+			{switchErr: errors.New("bad state"), multiplexes: true},
+			{diesAfter: 300 * time.Millisecond, multiplexes: true},
+			{startTook: 8 * time.Second, multiplexes: true},
 			{startTook: 30 * time.Millisecond, closeTook: 3 * time.Second},
 			{multiplexes: true, assume: fault.New(fault.Refused, "initialize", "", "reads its role once")},
 		}

@@ -3,6 +3,7 @@ package reload
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -118,8 +119,8 @@ func (p *fakePlugins) Keep(shas []string) {
 func (p *fakePlugins) newest(mountUUID string) *fakeProcess {
 	p.n.sim.mu.Lock()
 	defer p.n.sim.mu.Unlock()
-	for i := len(p.procs) - 1; i >= 0; i-- {
-		if proc := p.procs[i]; proc.mount == mountUUID && p.live[mountUUID][proc.pid] {
+	for _, proc := range slices.Backward(p.procs) {
+		if proc.mount == mountUUID && p.live[mountUUID][proc.pid] {
 			return proc
 		}
 	}

@@ -149,7 +149,7 @@ func (ld *leader) advance(ctx context.Context, v View, rl *commandv1.Reload, now
 	wait := ld.timers[rl.GetId()].left(now)
 	switch rl.GetPhase() {
 	case commandv1.Phase_PHASE_PREPARING:
-		if ld.exclude(ctx, v, rl) {
+		if ld.exclude(ctx, rl) {
 			return 0, true
 		}
 	case commandv1.Phase_PHASE_COMMITTED, commandv1.Phase_PHASE_ROLLING_BACK:

@@ -19,7 +19,6 @@ type phaseTimer struct {
 	at    time.Time
 	// stopped: nothing is waited for (a bake, a pause), so nothing expires.
 	stopped bool
-	asked   bool
 }
 
 func (t *phaseTimer) left(now time.Time) time.Duration {
@@ -76,7 +75,7 @@ func (r *Reloads) phaseLength(rl *commandv1.Reload) time.Duration {
 
 // exclude leaves out participants whose serving lease is provably over, once everybody else is prepared and a quorum of
 // the voters is among them. Mounts without fencing have no lease that could end.
-func (ld *leader) exclude(ctx context.Context, v View, rl *commandv1.Reload) bool {
+func (ld *leader) exclude(ctx context.Context, rl *commandv1.Reload) bool {
 	if rl.GetOptions().GetKeepFenced() || unfenced(rl) {
 		return false
 	}

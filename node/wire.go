@@ -234,7 +234,7 @@ func (n *Node) openGossip() error {
 		}
 		if key, err = base64.StdEncoding.DecodeString(text); err != nil || len(key) != 32 {
 			return fault.New(fault.Invalid, "read", n.cfg.Gossip.KeyFile,
-				"it must hold 32 bytes in base64; make one with: rollcall tls gossip-key")
+				"it must hold 32 bytes in base64; rollcall tls ca makes one")
 		}
 	}
 	var err error

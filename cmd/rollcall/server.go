@@ -68,12 +68,21 @@ func serve(ctx context.Context, stderr io.Writer, cfg node.Config, warnings []st
 	for _, w := range warnings {
 		logger.Warn(w)
 	}
+	if err := cfg.Preflight(); err != nil {
+		return err
+	}
+	registry := telemetry.NewRegistry(node.Version)
+	unbridge, err := telemetry.BridgeLibraryMetrics(registry)
+	if err != nil {
+		return err
+	}
+	defer unbridge()
 	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if os.Getpid() == 1 || runtime.GOOS == "linux" {
 		go supervisor.Reap(ctx)
 	}
-	err = node.Run(ctx, cfg, node.Options{Logger: logger})
+	err = node.Run(ctx, cfg, node.Options{Logger: logger, Registry: registry})
 	if fault.Is(err, fault.Canceled) {
 		return nil // it has left the cluster, as it was asked to
 	}

@@ -130,7 +130,8 @@ func (n *Node) openReloads() error {
 	n.reloads, err = reload.New(reload.Config{
 		State: reload.StateOf(n.state.View, n.state.Changed), Plugins: plugins{n.supervisor}, Routes: routes{n.router},
 		Replica: reloadReplica{n.replica}, Peers: peers{n}, StartParallelism: n.cfg.Reload.StartParallelism,
-		RetainFor: n.cfg.Reload.HistoryAge, Logger: n.component("reload"), Metrics: n.reg,
+		QueueDeadline: n.cfg.Reload.QueueDeadline, PrepareDeadline: n.cfg.Reload.PrepareDeadline,
+		RunDeadline: n.cfg.Reload.RunDeadline, RetainFor: n.cfg.Reload.HistoryAge, Logger: n.component("reload"), Metrics: n.reg,
 	})
 	if err != nil {
 		return err

@@ -14,6 +14,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	pluginpb "rollcall/proto/plugin"
@@ -38,7 +39,7 @@ func Main(args []string, stderr io.Writer) int {
 	f := flag.NewFlagSet("demo-plugin", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.version, "version", "", "what info says")
-	f.StringVar(&o.fail, "fail", "", "exit, start, hang, setup, initialize, switch: where to fail")
+	f.StringVar(&o.fail, "fail", "", "exit, start, hang, setup, initialize, second-setup: where to fail")
 	f.StringVar(&o.failOn, "fail-on", "", "fail on the node of this name alone")
 	f.Float64Var(&o.errorRate, "error-rate", 0, "share of requests that fail, 0 to 1")
 	f.StringVar(&o.errorOn, "error-on", "all", "read, write or all: which requests fail")
@@ -57,10 +58,13 @@ func Main(args []string, stderr io.Writer) int {
 	case "hang":
 		select {} //nolint:staticcheck // what it was told to do
 	}
+	var setups atomic.Int64
 	pluginserver.Serve(pluginserver.Config{
 		Multiplex: !o.single,
 		New: func(_ context.Context, s pluginserver.Setup) (pluginserver.Backend, error) {
-			if o.fail == "setup" {
+			// The first Setup of a process is a trial's, the next one is for real.
+			again := setups.Add(1) > 1
+			if o.fail == "setup" || o.fail == "second-setup" && again {
 				return nil, errors.New("demo plugin: told to fail in Setup")
 			}
 			return &backend{options: o, storage: s.Storage, cache: map[string]string{}}, nil

@@ -19,6 +19,7 @@ import (
 	"rollcall/node/fault"
 	"rollcall/node/gossip"
 	"rollcall/node/httpd"
+	"rollcall/node/lease"
 	"rollcall/node/reload"
 	"rollcall/node/replica"
 	"rollcall/node/router"
@@ -69,6 +70,7 @@ type Node struct {
 	transport  *transport.Transport
 	supervisor *supervisor.Supervisor
 	router     *router.Router
+	leases     *lease.Keeper
 	reloads    *reload.Reloads
 	gossip     *gossip.Gossip
 	door       *httpd.Server
@@ -111,6 +113,7 @@ func (n *Node) open() error {
 		{"http port", n.bindHTTP},
 		{"data directory", n.openReplicaDir},
 		{"supervisor", n.openSupervisor},
+		{"leases", n.openLeases},
 		{"router", n.openRouter},
 		{"cluster port", n.openTransport},
 		{"gossip", n.openGossip},

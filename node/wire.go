@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
@@ -20,6 +21,7 @@ import (
 	"rollcall/node/fault"
 	"rollcall/node/gossip"
 	"rollcall/node/httpd"
+	"rollcall/node/policy"
 	"rollcall/node/reload"
 	"rollcall/node/replica"
 	"rollcall/node/router"
@@ -67,8 +69,8 @@ func (n *Node) openRouter() error {
 	n.router, err = router.New(router.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, State: router.StateOf(n.state.View, n.state.Changed),
 		Replica: routerReplica{n}, Peers: leaderConn{n}, MaxBody: int(n.cfg.HTTP.MaxBody),
-		LeaderOnly: n.markLeaderOnly,
-		Logger:     n.component("router"), Registerer: n.reg,
+		LeaderOnly: n.markLeaderOnly, Leases: grants{n.leases}, Admit: n.admit,
+		Logger: n.component("router"), Registerer: n.reg,
 	})
 	if err != nil {
 		return err
@@ -138,9 +140,11 @@ func (n *Node) openReloads() error {
 	}
 	n.state.Observe(restoredOnly{n.reloads})
 	n.replica.LeaderContext(n.reloads.Lead)
+	n.replica.LeaderContext(n.leases.Lead)
 	server := n.transport.Server()
 	peerv1.RegisterReloadServer(server, n.reloads.Server())
 	peerv1.RegisterForwardServer(server, n.router.ForwardServer())
+	peerv1.RegisterAccessServer(server, accessServer{n: n})
 	peerv1.RegisterContentServer(server, &contentServer{
 		store: n.supervisor,
 		specs: func(sha256 string) []*commandv1.Spec { return specsWith(n.state.View(), sha256) },
@@ -150,11 +154,15 @@ func (n *Node) openReloads() error {
 
 // openHTTP binds the API's port before the replica is made: its address goes into the node table.
 func (n *Node) openHTTP() error {
+	var gatherer prometheus.Gatherer
+	if n.cfg.Telemetry.Prometheus {
+		gatherer = n.reg
+	}
 	var err error
 	n.door, err = httpd.New(httpd.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, Version: APIVersion, Started: n.since, State: n.state, Replica: n.replica,
-		Router: pluginRoutes{n.router}, Plugins: &inventory{n}, Cluster: &cluster{n}, Gatherer: n.reg, Registerer: n.reg,
-		Logger: n.component("http"),
+		Router: pluginRoutes{n.router}, Plugins: &inventory{n}, Cluster: &cluster{n}, Leases: leases{n.leases},
+		Policies: policy.NewEngine(), Gatherer: gatherer, Registerer: n.reg, Logger: n.component("http"),
 	})
 	if err != nil {
 		return err

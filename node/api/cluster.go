@@ -135,6 +135,17 @@ type AutopilotServer struct {
 	NodeType    string `json:"node_type"`
 }
 
+// AutopilotConfig is the data of sys/storage/raft/autopilot/configuration. Durations are texts ("10s").
+type AutopilotConfig struct {
+	CleanupDeadServers             bool   `json:"cleanup_dead_servers"`
+	LastContactThreshold           string `json:"last_contact_threshold"`
+	DeadServerLastContactThreshold string `json:"dead_server_last_contact_threshold"`
+	MaxTrailingLogs                uint64 `json:"max_trailing_logs"`
+	MinQuorum                      int    `json:"min_quorum"`
+	ServerStabilizationTime        string `json:"server_stabilization_time"`
+	DisableUpgradeMigration        bool   `json:"disable_upgrade_migration"`
+}
+
 // Member is one node as Raft, the state and gossip see it together: sys/members.
 type Member struct {
 	ID             string `json:"id"`

@@ -100,6 +100,9 @@ func ErrorReply(err error) (status int, texts []string) {
 		return status, sentinel(kind)
 	}
 	text := err.Error()
+	if text == kind.String() && (kind == fault.UnsupportedPath || kind == fault.UnsupportedOperation) {
+		return status, sentinel(kind) // as a plugin says it
+	}
 	if kind == fault.Internal || e.Code != 0 {
 		text = multi(text)
 	}

@@ -49,6 +49,7 @@ const (
 	NodeExcluded  = "excluded" // left out while preparing: its lease was over
 	NodeDown      = "down"     // owes a verdict and cannot answer the old generation any more
 	NodeLeft      = "left"
+	NodeReleased  = "released" // had not prepared when the reload was aborted: owes nothing, and runs what it ran
 )
 
 // Ended reports whether a reload in this phase will not change any more, but for nodes that converge late.

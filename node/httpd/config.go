@@ -2,6 +2,7 @@ package httpd
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	"rollcall/fsm"
 	"rollcall/node/api"
 	"rollcall/node/fault"
+	"rollcall/node/policy"
 )
 
 // State is this node's copy of the replicated state.
@@ -30,13 +32,6 @@ type Replica interface {
 	Consistent(ctx context.Context) (*fsm.View, error)
 	// Serving is nil while this node holds a serving lease.
 	Serving() error
-}
-
-// Router runs plugin requests.
-type Router interface {
-	Handle(ctx context.Context, req *PluginRequest) (*PluginResponse, error)
-	Lookup(ctx context.Context, ns, path string) (Match, error)
-	Exists(ctx context.Context, req *PluginRequest) (found, hasCheck bool, err error)
 }
 
 // Plugins tells what this node runs, and tries what it is asked to run.
@@ -60,6 +55,16 @@ type Cluster interface {
 	RemoveMember(ctx context.Context, id string) error
 	StepDown(ctx context.Context) error
 	Leave(ctx context.Context) error
+	// Autopilot tells how the servers of the Raft configuration are.
+	Autopilot(ctx context.Context) (*api.AutopilotState, error)
+	// AutopilotConfig is what this node's configuration says of it.
+	AutopilotConfig() api.AutopilotConfig
+	// Settle returns when every member has applied the index, or provably answers nothing before it has.
+	Settle(ctx context.Context, index uint64) error
+	// Backup writes the whole state, consistently.
+	Backup(ctx context.Context, w io.Writer) error
+	// Restore replaces the state of the cluster by a backup, and returns the index of the entry that says so.
+	Restore(ctx context.Context, backup io.Reader, why string) (uint64, error)
 }
 
 // Config is everything the door needs. All of it is required unless its line says otherwise.
@@ -74,7 +79,10 @@ type Config struct {
 	Router  Router
 	Plugins Plugins
 	Cluster Cluster
-	// Gatherer feeds sys/metrics.
+	Leases  Leases
+	// Policies decides what a token may do.
+	Policies *policy.Engine
+	// Gatherer feeds sys/metrics. nil: sys/metrics says that it is not enabled.
 	Gatherer   prometheus.Gatherer
 	Registerer prometheus.Registerer
 	Logger     *slog.Logger
@@ -83,8 +91,8 @@ type Config struct {
 func (c *Config) validate() error {
 	for name, missing := range map[string]bool{
 		"State": c.State == nil, "Replica": c.Replica == nil, "Router": c.Router == nil, "Plugins": c.Plugins == nil,
-		"Cluster": c.Cluster == nil, "Gatherer": c.Gatherer == nil, "Registerer": c.Registerer == nil,
-		"Logger": c.Logger == nil,
+		"Cluster": c.Cluster == nil, "Leases": c.Leases == nil, "Policies": c.Policies == nil,
+		"Registerer": c.Registerer == nil, "Logger": c.Logger == nil,
 	} {
 		if missing {
 			return fault.New(fault.Invalid, "configure", "node/httpd", "%s is not set", name)

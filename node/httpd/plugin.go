@@ -4,9 +4,12 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	pluginpb "rollcall/proto/plugin"
 
@@ -16,108 +19,197 @@ import (
 )
 
 // plugin runs a request on a mount's plugin. The body goes through as it came.
-func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, r *http.Request, id string, to target, op operation) {
-	if op == opHead {
-		s.fail(w, r, id, &fault.Error{Kind: fault.UnsupportedOperation})
-		return
-	}
-	match, err := s.Router.Lookup(ctx, to.ns, to.path)
-	if err != nil {
-		// Who may not look may not learn what is mounted either.
-		if _, aerr := policy.Authenticate(s.State.View(), tokenOf(r)); aerr != nil {
-			err = aerr
-		}
-		s.fail(w, r, id, err)
-		return
-	}
-	req := &PluginRequest{ID: id, Namespace: to.ns, Path: to.path, Operation: string(op),
-		Headers: r.Header, RemoteAddr: r.RemoteAddr, Unauthenticated: match.Unauthenticated,
-		NoForward: r.Header.Get(api.HeaderNoForward) == "true"}
-	who, err := s.identify(r, match, req)
-	if err != nil {
-		s.fail(w, r, id, err)
-		return
-	}
-	if req.Data, err = readBody(w, r, op, MaxPluginBody); err != nil {
-		s.fail(w, r, id, err)
-		return
-	}
-	if err := s.allowPlugin(ctx, who, to, match, req, op); err != nil {
-		s.fail(w, r, id, err)
-		return
-	}
-	resp, err := s.Router.Handle(ctx, req)
-	s.answerPlugin(w, r, id, op, resp, err)
-}
-
-// identify authenticates the caller of a plugin path and puts into the request what a plugin may know of the token.
-func (s *Server) identify(r *http.Request, match Match, req *PluginRequest) (*policy.Identity, error) {
-	if match.Unauthenticated {
-		return nil, nil
-	}
-	who, err := policy.Authenticate(s.State.View(), tokenOf(r))
-	if err != nil {
-		return nil, err
-	}
-	req.ClientToken = hex.EncodeToString(who.Hash)
-	req.TokenAccessor = who.Token.GetAccessor()
-	req.DisplayName = who.Token.GetDisplayName()
-	req.EntityID = who.Token.GetEntityId()
-	req.Policies = who.Token.GetPolicies()
-	return who, nil
-}
-
-// allowPlugin turns an update into a create when the plugin's existence check says that nothing is there, and decides
-// with that operation. Root paths of a plugin need sudo besides.
-func (s *Server) allowPlugin(ctx context.Context, who *policy.Identity, to target, match Match,
-	req *PluginRequest, op operation,
-) error {
-	if op == opUpdate {
-		found, hasCheck, err := s.Router.Exists(ctx, req)
-		if err != nil {
-			return err
-		}
-		if hasCheck && !found {
-			req.Operation = "create"
-		}
-	}
-	if who == nil {
-		return nil
-	}
-	view := s.State.View()
-	need := capabilityOf(op)
-	if req.Operation == "create" {
-		need = policy.Create
-	}
-	if err := policy.Allow(view, who, to.ns, to.path, need); err != nil {
+func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, q *request, to target) error {
+	resp, rep, err := s.callPlugin(ctx, w, q, to)
+	if errors.Is(err, errUnknown) {
 		return err
 	}
-	if match.Root {
-		return policy.Allow(view, who, to.ns, to.path, policy.Sudo)
-	}
-	return nil
-}
-
-// answerPlugin encodes a plugin's response: its data goes into the envelope as it came.
-func (s *Server) answerPlugin(w http.ResponseWriter, r *http.Request, id string, op operation, resp *PluginResponse, err error) {
 	if resp != nil {
 		h := w.Header()
 		h.Set(api.HeaderGeneration, strconv.FormatUint(resp.Generation, 10))
 		h.Set(api.HeaderNode, resp.Node)
 		h.Set(api.HeaderIndex, strconv.FormatUint(resp.Index, 10))
 	}
+	switch {
+	case fault.Is(err, fault.NotLeader) && noForward(q.http) && s.Cluster.Status().LeaderAPIAddress != "":
+		w.Header().Set("Location", s.Cluster.Status().LeaderAPIAddress+q.http.URL.RequestURI())
+		w.WriteHeader(http.StatusTemporaryRedirect)
+	case err != nil:
+		s.fail(w, q.http, q.id, err)
+	case rep != nil:
+		s.write(w, q.http, q.id, false, rep)
+	default:
+		s.answerPlugin(w, q, resp)
+	}
+	return nil
+}
+
+func noForward(r *http.Request) bool { return r.Header.Get(api.HeaderNoForward) == "true" }
+
+// callPlugin is everything of a plugin request but the encoding. A reply stands for the plugin's own answer.
+func (s *Server) callPlugin(ctx context.Context, w http.ResponseWriter, q *request, to target) (*PluginResponse, *reply, error) {
+	if q.op == opHead {
+		return nil, nil, &fault.Error{Kind: fault.Invalid, Code: http.StatusMethodNotAllowed}
+	}
+	match, err := s.Router.Lookup(ctx, to.ns, to.path)
 	if err != nil {
-		s.fail(w, r, id, err)
+		return nil, nil, unknown{s.hidden(q, to, err)}
+	}
+	req := &PluginRequest{
+		ID: q.id, Namespace: to.ns, Path: to.path, Operation: string(q.op), Headers: q.http.Header,
+		RemoteAddr: q.http.RemoteAddr, Unauthenticated: match.Unauthenticated, NoForward: noForward(q.http),
+	}
+	if err := s.identify(q, match, req); err != nil {
+		return nil, nil, unknown{err}
+	}
+	if req.Data, err = readBody(w, q.http, q.op, MaxPluginBody); err != nil {
+		return nil, nil, err
+	}
+	q.path = displayPath(match.Mount) + match.Rest // what is decided about is what was routed by
+	over, err := s.allowPlugin(ctx, q, match, req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer over()
+	resp, err := s.Router.Handle(ctx, req)
+	if err != nil || resp == nil || resp.Plugin == nil {
+		return resp, nil, err
+	}
+	rep, err := s.afterPlugin(ctx, q, match, req, resp)
+	return resp, rep, err
+}
+
+// hidden is the answer where nothing is mounted: who may not look may not learn that either.
+func (s *Server) hidden(q *request, to target, err error) error {
+	who, aerr := s.authenticate(q.view, q.http)
+	if aerr != nil {
+		return aerr
+	}
+	if aerr := s.Policies.Allow(q.view, who, policy.Query{Namespace: to.ns, Path: to.path, Need: capabilityOf(q.op)}); aerr != nil {
+		return aerr
+	}
+	return err
+}
+
+// identify authenticates the caller of a plugin path and puts into the request what a plugin may know of the token.
+func (s *Server) identify(q *request, match Match, req *PluginRequest) error {
+	if match.Unauthenticated {
+		return nil
+	}
+	who, err := s.authenticate(q.view, q.http)
+	if err != nil {
+		return err
+	}
+	q.who = who
+	t := who.Token
+	req.ClientToken, req.TokenAccessor, req.DisplayName = hex.EncodeToString(who.Hash), t.GetAccessor(), t.GetDisplayName()
+	req.EntityID, req.Policies, req.TokenRemainingUses = t.GetEntityId(), t.GetPolicies(), t.GetNumUses()
+	if at, now := t.GetExpiresClockNs(), s.clock.now(q.view); at > now {
+		req.TokenTTL = time.Duration(at - now)
+	}
+	return nil
+}
+
+// allowPlugin decides about a request, and counts the use of its token. An update becomes a create when the plugin's
+// existence check says that nothing is there, and is decided about as one. Root paths of a plugin need sudo besides.
+func (s *Server) allowPlugin(ctx context.Context, q *request, match Match, req *PluginRequest) (over func(), err error) {
+	if q.who == nil {
+		if q.op == opUpdate {
+			return func() {}, s.checkExists(ctx, req)
+		}
+		return func() {}, nil
+	}
+	query := policy.Query{
+		Namespace: q.ns, Path: q.path, Need: capabilityOf(q.op), WrapTTL: q.wrapTTL,
+		Data: func() map[string]json.RawMessage {
+			f, err := newFields(req.Data)
+			if err != nil {
+				return nil
+			}
+			return f.raw
+		},
+	}
+	first := s.Policies.Allow(q.view, q.who, query)
+	if q.op == opUpdate {
+		create := query
+		create.Need = policy.Create
+		second := s.Policies.Allow(q.view, q.who, create)
+		if first != nil && second != nil {
+			return nil, first // either way: the plugin is not even asked
+		}
+		if err := s.checkExists(ctx, req); err != nil {
+			return nil, err
+		}
+		if req.Operation == "create" {
+			first, query = second, create
+		}
+	}
+	if first != nil {
+		return nil, first
+	}
+	if match.Root && query.Need != policy.Help {
+		query.Need = policy.Sudo
+		if err := s.Policies.Allow(q.view, q.who, query); err != nil {
+			return nil, err
+		}
+	}
+	return s.spend(ctx, q.who)
+}
+
+// checkExists turns an update of what is not there into a create.
+func (s *Server) checkExists(ctx context.Context, req *PluginRequest) error {
+	found, hasCheck, err := s.Router.Exists(ctx, req)
+	if hasCheck && !found {
+		req.Operation = "create"
+	}
+	return err
+}
+
+// afterPlugin makes of an answer what only this server can: a login's token, and a wrapped answer.
+func (s *Server) afterPlugin(ctx context.Context, q *request, match Match, req *PluginRequest, resp *PluginResponse) (*reply, error) {
+	p := resp.Plugin
+	ttl := q.wrapTTL
+	if w := p.GetWrapInfo(); w.GetTTL() > 0 && (ttl == 0 || time.Duration(w.GetTTL()) < ttl) {
+		ttl = time.Duration(w.GetTTL())
+	}
+	if p.GetAuth() == nil && (ttl == 0 || mayBeRaw(p) || p.GetRedirect() != "" || q.op == opHelp) {
+		return nil, nil
+	}
+	rep := &reply{warnings: p.GetWarnings(), mountType: resp.Mount.GetType()}
+	if d := p.GetData(); d != "" && d != "null" {
+		rep.data = json.RawMessage(d)
+	}
+	if sec := p.GetSecret(); sec != nil {
+		rep.lease = &lease{
+			id: sec.GetLeaseId(), renewable: sec.GetLeaseOptions().GetRenewable(),
+			seconds: sec.GetLeaseOptions().GetTTL() / 1e9,
+		}
+	}
+	if p.GetAuth() != nil {
+		if !match.Unauthenticated || match.Mount.GetTable() != "auth" {
+			return nil, fault.Text(fault.Internal, "internal error")
+		}
+		auth, warnings, err := s.login(ctx, q, match, req, p.GetAuth())
+		if err != nil {
+			return nil, err
+		}
+		rep.auth, rep.warnings = auth, append(rep.warnings, warnings...)
+	}
+	q.wrapTTL = ttl
+	return s.wrapped(q, rep)
+}
+
+// answerPlugin encodes a plugin's response: its data goes into the envelope as it came.
+func (s *Server) answerPlugin(w http.ResponseWriter, q *request, resp *PluginResponse) {
+	if resp == nil || resp.Plugin == nil {
+		s.nothing(w, q.http, q.id, q.op)
 		return
 	}
-	if resp.Plugin == nil {
-		s.nothing(w, r, id, op)
+	s.sendHeaders(w, resp.Plugin)
+	if s.answerSpecial(w, q.http, q.id, resp) {
 		return
 	}
-	if s.answerSpecial(w, r, id, resp) {
-		return
-	}
-	env := api.Envelope{RequestID: id, Warnings: resp.Plugin.GetWarnings()}
+	env := api.Envelope{RequestID: q.id, Warnings: resp.Plugin.GetWarnings()}
 	if d := resp.Plugin.GetData(); d != "" && d != "null" {
 		env.Data = json.RawMessage(d)
 	}
@@ -132,14 +224,29 @@ func (s *Server) answerPlugin(w http.ResponseWriter, r *http.Request, id string,
 		}
 	}
 	status := http.StatusOK
-	if op == opList && !hasKeys(env.Data) {
+	if q.op == opList && !hasKeys(env.Data) {
 		if len(env.Warnings) == 0 {
-			s.nothing(w, r, id, op)
+			s.nothing(w, q.http, q.id, q.op)
 			return
 		}
 		status = http.StatusNotFound
 	}
 	s.writeJSON(w, status, env)
+}
+
+// keptHeaders are ours: no plugin sets them, whatever its mount allows.
+var keptHeaders = []string{
+	api.HeaderNode, api.HeaderGeneration, api.HeaderIndex, api.HeaderNamespace, "Content-Length",
+	"Content-Type", "Connection", "Transfer-Encoding", "Trailer", "Upgrade", "Strict-Transport-Security", "Set-Cookie",
+}
+
+// sendHeaders passes on what the router has let through.
+func (s *Server) sendHeaders(w http.ResponseWriter, p *pluginpb.Response) {
+	for name, values := range p.GetHeaders() {
+		if name = http.CanonicalHeaderKey(name); !slices.Contains(keptHeaders, name) {
+			w.Header()[name] = values.GetHeader()
+		}
+	}
 }
 
 // nothing answers a nil response: 404 for what reads, 204 for what writes.
@@ -202,8 +309,10 @@ func (s *Server) sendRaw(w http.ResponseWriter, r *http.Request, id string, raw 
 		status = int(n)
 	}
 	h := w.Header()
-	for k, v := range map[string]string{"Content-Type": raw.ContentType, "Cache-Control": raw.CacheControl,
-		"Pragma": raw.Pragma, "WWW-Authenticate": raw.Challenge} {
+	for k, v := range map[string]string{
+		"Content-Type": raw.ContentType, "Cache-Control": raw.CacheControl,
+		"Pragma": raw.Pragma, "WWW-Authenticate": raw.Challenge,
+	} {
 		if v != "" {
 			h.Set(k, v)
 		}

@@ -58,9 +58,12 @@ func wallTime(ms int64) string {
 
 // reloadRecord is a reload as sys/reloads tells it. It is computed from the state alone, so every node tells the same.
 func (s *Server) reloadRecord(view *fsm.View, r *commandv1.Reload) *api.Reload {
-	rec := &api.Reload{ID: r.GetId(), Aliases: r.GetAliases(), Namespace: r.GetNamespace(), Scope: scopeName(r.GetScope()),
-		Selector: api.Selector{Type: r.GetSelector().GetPluginType(), Plugin: r.GetSelector().GetPlugin(),
-			Mounts: r.GetSelector().GetMounts(), AllNamespaces: r.GetSelector().GetAllNamespaces()},
+	rec := &api.Reload{
+		ID: r.GetId(), Aliases: r.GetAliases(), Namespace: r.GetNamespace(), Scope: scopeName(r.GetScope()),
+		Selector: api.Selector{
+			Type: r.GetSelector().GetPluginType(), Plugin: r.GetSelector().GetPlugin(),
+			Mounts: r.GetSelector().GetMounts(), AllNamespaces: r.GetSelector().GetAllNamespaces(),
+		},
 		Strategy: strategyName(r.GetOptions().GetStrategy()), Options: optionsOf(r.GetOptions()),
 		RequestedBy: r.GetRequestedBy(), RollsBack: r.GetRollsBack(), RolledBackBy: r.GetRolledBackBy(),
 		Phase: phaseNames[r.GetPhase()], Outcome: r.GetOutcome(), Why: r.GetWhy(), Paused: r.GetPaused(),
@@ -68,7 +71,8 @@ func (s *Server) reloadRecord(view *fsm.View, r *commandv1.Reload) *api.Reload {
 		DoneIndex: r.GetEndIndex(), Index: r.GetModifyIndex(), Started: wallTime(r.GetStartWallMs()),
 		Prepared: wallTime(r.GetPrepareWallMs()), Committed: wallTime(r.GetCommitWallMs()), Ended: wallTime(r.GetEndWallMs()),
 		Wave: int(r.GetWave()), Expected: []string{}, Answered: []string{}, Pending: []string{},
-		Targets: []api.ReloadTarget{}, Nodes: []api.ReloadNode{}}
+		Targets: []api.ReloadTarget{}, Nodes: []api.ReloadNode{},
+	}
 	if n := view.Node(r.GetServingNode()); n != nil {
 		rec.ServingNode = n.GetName()
 	}
@@ -82,9 +86,10 @@ func (s *Server) reloadRecord(view *fsm.View, r *commandv1.Reload) *api.Reload {
 		n := participantOf(r, p)
 		rec.Nodes = append(rec.Nodes, n)
 		rec.Expected = append(rec.Expected, n.Node)
-		if n.State == api.NodePending || n.State == api.NodePrepared || n.State == api.NodeSwitching || n.State == api.NodeDown {
+		switch {
+		case owes(r, n.State):
 			rec.Pending = append(rec.Pending, n.Node)
-		} else {
+		case n.State != api.NodeReleased:
 			rec.Answered = append(rec.Answered, n.Node)
 		}
 		for _, m := range n.Mounts {
@@ -101,6 +106,15 @@ func (s *Server) reloadRecord(view *fsm.View, r *commandv1.Reload) *api.Reload {
 	return rec
 }
 
+// owes reports whether a node still owes the reload something. Nobody owes an aborted one anything: what had prepared has
+// given that up and runs what it ran.
+func owes(r *commandv1.Reload, state string) bool {
+	if r.GetPhase() == commandv1.Phase_PHASE_ABORTED {
+		return false
+	}
+	return state == api.NodePending || state == api.NodePrepared || state == api.NodeSwitching || state == api.NodeDown
+}
+
 func nodeName(view *fsm.View, id string) string {
 	if n := view.Node(id); n != nil {
 		return n.GetName()
@@ -109,10 +123,12 @@ func nodeName(view *fsm.View, id string) string {
 }
 
 func optionsOf(o *commandv1.Options) api.ReloadOptions {
-	out := api.ReloadOptions{Version: o.GetVersion(), Trial: o.GetTrial(), PrepareMS: o.GetPrepareMs(), RunMS: o.GetRunMs(),
+	out := api.ReloadOptions{
+		Version: o.GetVersion(), Trial: o.GetTrial(), PrepareMS: o.GetPrepareMs(), RunMS: o.GetRunMs(),
 		QueueMS: o.GetQueueMs(), MaxUnavailable: int(o.GetMaxUnavailable()), BakeMS: o.GetBakeMs(),
 		MaxErrorRate: o.GetMaxErrorRate(), MaxP99Increase: o.GetMaxP99Increase(), MinSamples: int(o.GetMinSamples()),
-		OnDrainTimeout: o.GetOnDrainTimeout(), ExcludeFenced: !o.GetKeepFenced(), OnSwitchFailure: "retry"}
+		OnDrainTimeout: o.GetOnDrainTimeout(), ExcludeFenced: !o.GetKeepFenced(), OnSwitchFailure: "retry",
+	}
 	if o.GetRollbackOnSwitchFailure() {
 		out.OnSwitchFailure = "rollback"
 	}
@@ -131,14 +147,18 @@ func specOf(sp *commandv1.Spec) api.Spec {
 }
 
 func targetOf(t *commandv1.Target, mount string) api.ReloadTarget {
-	return api.ReloadTarget{Mount: mount, Namespace: t.GetNamespace(), Accessor: t.GetAccessor(), From: specOf(t.GetFrom()),
-		To: specOf(t.GetTo()), Generation: t.GetFromGeneration(), Unmounted: t.GetUnmounted(), Trial: t.GetTrial(), Fencing: t.GetFencing()}
+	return api.ReloadTarget{
+		Mount: mount, Namespace: t.GetNamespace(), Accessor: t.GetAccessor(), From: specOf(t.GetFrom()),
+		To: specOf(t.GetTo()), Generation: t.GetFromGeneration(), Unmounted: t.GetUnmounted(), Trial: t.GetTrial(), Fencing: t.GetFencing(),
+	}
 }
 
 func participantOf(r *commandv1.Reload, p *commandv1.Participant) api.ReloadNode {
-	n := api.ReloadNode{Node: p.GetName(), NodeID: p.GetNodeId(), Incarnation: p.GetIncarnation(),
+	n := api.ReloadNode{
+		Node: p.GetName(), NodeID: p.GetNodeId(), Incarnation: p.GetIncarnation(),
 		JoinedDuring: p.GetJoinedDuring(), Wave: int(p.GetWave()), Why: p.GetWhy(), Safe: safeNames[p.GetSafe()],
-		State: stateOf(r, p), Mounts: []api.ReloadMount{}}
+		State: stateOf(r, p), Mounts: []api.ReloadMount{},
+	}
 	for _, o := range p.GetMounts() {
 		n.Mounts = append(n.Mounts, mountOutcome(pathOfTarget(r, o.GetMountUuid()), o))
 	}
@@ -176,6 +196,8 @@ func stateOf(r *commandv1.Reload, p *commandv1.Participant) string {
 		return api.NodeSwitching
 	case len(p.GetMounts()) > 0 && prepared == len(p.GetMounts()):
 		return api.NodePrepared
+	case r.GetPhase() == commandv1.Phase_PHASE_ABORTED:
+		return api.NodeReleased // it owes nothing any more
 	default:
 		return api.NodePending
 	}
@@ -185,9 +207,11 @@ func millis(us int64) float64 { return float64(us) / 1000 }
 
 func mountOutcome(path string, o *commandv1.MountOutcome) api.ReloadMount {
 	rep := o.GetReport()
-	m := api.ReloadMount{Mount: path, Verdict: verdictNames[o.GetVerdict()], Prepared: o.GetPrepared(),
+	m := api.ReloadMount{
+		Mount: path, Verdict: verdictNames[o.GetVerdict()], Prepared: o.GetPrepared(),
 		Phase: rep.GetFailedPhase(), Cause: rep.GetCause(), From: processOf(rep.GetFrom()), To: processOf(rep.GetTo()),
-		HoldMS: millis(rep.GetHoldUs()), At: wallTime(rep.GetWallMs())}
+		HoldMS: millis(rep.GetHoldUs()), At: wallTime(rep.GetWallMs()),
+	}
 	steps := o.GetPrepareSteps()
 	if len(rep.GetSteps()) > 0 {
 		steps = mergeSteps(steps, rep.GetSteps())
@@ -231,8 +255,10 @@ func processOf(p *commandv1.ProcessFacts) *api.Process {
 func wavesRecord(r *commandv1.Reload) []api.ReloadWave {
 	var out []api.ReloadWave
 	for _, w := range r.GetWaves() {
-		rec := api.ReloadWave{Number: int(w.GetNumber()), Nodes: []string{}, CommittedIndex: w.GetCommittedIndex(),
-			Baking: w.GetBakeFromNs() != 0 && !w.GetPassed(), Passed: w.GetPassed(), Gate: gateOf(w.GetGate())}
+		rec := api.ReloadWave{
+			Number: int(w.GetNumber()), Nodes: []string{}, CommittedIndex: w.GetCommittedIndex(),
+			Baking: w.GetBakeFromNs() != 0 && !w.GetPassed(), Passed: w.GetPassed(), Gate: gateOf(w.GetGate()),
+		}
 		for _, p := range r.GetParticipants() {
 			if p.GetWave() == w.GetNumber() {
 				rec.Nodes = append(rec.Nodes, p.GetName())
@@ -251,17 +277,23 @@ func gateOf(g *commandv1.Gate) *api.Gate {
 	sample := func(x *commandv1.GateSample) api.GateSample {
 		return api.GateSample{Requests: x.GetRequests(), Failed: x.GetFailed(), P99MS: millis(x.GetP99Us())}
 	}
-	verdict := map[commandv1.Gate_Verdict]string{commandv1.Gate_VERDICT_PASSED: "passed", commandv1.Gate_VERDICT_FAILED: "failed",
-		commandv1.Gate_VERDICT_INCONCLUSIVE: "inconclusive"}[g.GetVerdict()]
-	return &api.Gate{Verdict: verdict, Why: g.GetWhy(), ReadsNew: sample(g.GetReadsNew()), ReadsOld: sample(g.GetReadsOld()),
-		WritesNew: sample(g.GetWritesNew()), WritesOld: sample(g.GetWritesOld())}
+	verdict := map[commandv1.Gate_Verdict]string{
+		commandv1.Gate_VERDICT_PASSED: "passed", commandv1.Gate_VERDICT_FAILED: "failed",
+		commandv1.Gate_VERDICT_INCONCLUSIVE: "inconclusive",
+	}[g.GetVerdict()]
+	return &api.Gate{
+		Verdict: verdict, Why: g.GetWhy(), ReadsNew: sample(g.GetReadsNew()), ReadsOld: sample(g.GetReadsOld()),
+		WritesNew: sample(g.GetWritesNew()), WritesOld: sample(g.GetWritesOld()),
+	}
 }
 
 // reloadStatusOf is the contract's status: the nodes that finished, with what it lacks beside them.
 func (s *Server) reloadStatusOf(view *fsm.View, r *commandv1.Reload) *api.ReloadStatus {
 	rec := s.reloadRecord(view, r)
-	st := &api.ReloadStatus{ReloadID: rec.ID, State: rec.Phase, Outcome: rec.Outcome, Why: rec.Why, Expected: rec.Expected,
-		Answered: rec.Answered, Pending: rec.Pending, Index: rec.Index, Results: map[string]api.NodeResult{}}
+	st := &api.ReloadStatus{
+		ReloadID: rec.ID, State: rec.Phase, Outcome: rec.Outcome, Why: rec.Why, Expected: rec.Expected,
+		Answered: rec.Answered, Pending: rec.Pending, Index: rec.Index, Results: map[string]api.NodeResult{},
+	}
 	for _, n := range rec.Nodes {
 		if slices.Contains(rec.Pending, n.Node) {
 			continue

@@ -24,7 +24,9 @@ type reply struct {
 	headers map[string]string
 	auth    any
 	wrap    any
-	lease   *lease
+	// mountType is shown for plugins' answers.
+	mountType string
+	lease     *lease
 	// stream takes over the response writer (server-sent events, snapshots).
 	stream func(http.ResponseWriter, *http.Request) error
 }
@@ -36,7 +38,7 @@ type lease struct {
 }
 
 // write sends a reply in the contract's envelope.
-func (s *Server) write(w http.ResponseWriter, r *http.Request, id string, doubled bool, rep *reply, op operation) {
+func (s *Server) write(w http.ResponseWriter, r *http.Request, id string, doubled bool, rep *reply) {
 	for k, v := range rep.headers {
 		w.Header().Set(k, v)
 	}
@@ -50,7 +52,9 @@ func (s *Server) write(w http.ResponseWriter, r *http.Request, id string, double
 			s.log.Warn("answer stream", "request_id", id, "path", r.URL.Path, "error", err)
 		}
 	case rep.raw != nil:
-		w.Header().Set("Content-Type", rep.contentType)
+		if rep.contentType != "" {
+			w.Header().Set("Content-Type", rep.contentType)
+		}
 		w.WriteHeader(status)
 		_, _ = w.Write(rep.raw)
 	case rep.bare != nil:
@@ -65,9 +69,12 @@ func envelope(id string, doubled bool, rep *reply) any {
 	if rep.id != "" {
 		id = rep.id
 	}
-	env := api.Envelope{RequestID: id, Warnings: rep.warnings}
+	env := api.Envelope{RequestID: id, Warnings: rep.warnings, MountType: rep.mountType}
 	if rep.lease != nil {
 		env.LeaseID, env.Renewable, env.LeaseDuration = rep.lease.id, rep.lease.renewable, rep.lease.seconds
+	}
+	if rep.wrap != nil {
+		env.RequestID = "" // the id of what is inside stands there
 	}
 	if rep.data != nil {
 		raw, err := json.Marshal(rep.data)

@@ -31,7 +31,26 @@ type request struct {
 	who    *policy.Identity
 	// view is a consistent view, or this node's own for routes that answer without a leader.
 	view *fsm.View
+	// body is nil for routes that read it themselves.
 	body *fields
+	// wrapTTL is how long the caller wants the answer to be wrapped for; 0 for not at all.
+	wrapTTL time.Duration
+}
+
+// parameters are the body's fields, for policies that restrict them.
+func (q *request) parameters() map[string]json.RawMessage {
+	if q.body == nil {
+		return nil
+	}
+	return q.body.raw
+}
+
+// by is the hash of the token that the call is authorised by.
+func (q *request) by() []byte {
+	if q.who == nil {
+		return nil
+	}
+	return q.who.Hash
 }
 
 // wall is the proposer's wall clock as commands carry it: for people, never compared.
@@ -66,12 +85,16 @@ func operationOf(r *http.Request) (operation, error) {
 	case http.MethodPatch:
 		ct, _, _ := strings.Cut(r.Header.Get("Content-Type"), ";")
 		if strings.TrimSpace(ct) != "application/merge-patch+json" {
-			return "", &fault.Error{Kind: fault.Invalid, Code: http.StatusUnsupportedMediaType,
-				Text: "a PATCH needs Content-Type: application/merge-patch+json"}
+			return "", &fault.Error{
+				Kind: fault.Invalid, Code: http.StatusUnsupportedMediaType,
+				Text: "a PATCH needs Content-Type: application/merge-patch+json",
+			}
 		}
 		return opPatch, nil
+	case http.MethodOptions:
+		return "", &fault.Error{Kind: fault.Invalid} // no origin is allowed, so there is nothing to say before a request
 	default:
-		return "", &fault.Error{Kind: fault.UnsupportedOperation}
+		return "", &fault.Error{Kind: fault.Invalid, Code: http.StatusMethodNotAllowed}
 	}
 }
 

@@ -38,6 +38,8 @@ type route struct {
 	pattern string
 	ops     map[operation]handler
 	access  access
+	// sudoOps need the sudo capability where the others of the route do not.
+	sudoOps map[operation]bool
 	// ours marks paths that no other server has: unknown body fields are refused there, not warned about.
 	ours bool
 	// doubled repeats the keys of data at the top level of the envelope, for old clients.
@@ -47,6 +49,10 @@ type route struct {
 	// rootOnly is refused in a child namespace.
 	rootOnly bool
 	summary  string
+	// rawBody is the limit of a body that the handler reads itself; 0: the body is a JSON object.
+	rawBody int64
+	// refused says why the route answers with an error always; empty for routes that do something.
+	refused string
 
 	segments []string
 }

@@ -3,11 +3,14 @@ package httpd
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"log/slog"
 	"net/http"
 	"path"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 	"github.com/prometheus/client_golang/prometheus"
@@ -15,7 +18,6 @@ import (
 	"rollcall/fsm"
 	"rollcall/node/api"
 	"rollcall/node/fault"
-	"rollcall/node/policy"
 )
 
 // Limits on what a client may send (DESIGN section 8).
@@ -31,6 +33,7 @@ type Server struct {
 	Config
 	log      *slog.Logger
 	routes   *table
+	clock    clock
 	inFlight prometheus.Gauge
 	answers  *prometheus.HistogramVec
 }
@@ -90,6 +93,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}()
 	h := rec.Header()
 	h.Set("Cache-Control", "no-store")
+	h.Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
 	h.Set(api.HeaderNode, s.NodeName)
 	id := requestID()
 	if r.URL.Path != "/v1" && !strings.HasPrefix(r.URL.Path, "/v1/") {
@@ -98,15 +102,38 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	if clean := cleanPath(r.URL.Path); clean != r.URL.Path {
 		u := *r.URL
-		u.Path, u.RawPath = clean, ""
+		u.Path, u.RawPath, u.Scheme, u.Host = clean, "", "", ""
 		h.Set("Location", u.RequestURI())
 		rec.WriteHeader(http.StatusTemporaryRedirect)
+		return
+	}
+	if err := checkPath(r.URL.Path); err != nil {
+		s.fail(rec, r, id, err)
 		return
 	}
 	if isSys(r) {
 		door = "sys"
 	}
 	s.dispatch(rec, r, id)
+}
+
+// maxPath bounds a path, as node/router does.
+const maxPath = 4096
+
+// checkPath refuses what no path holds, before anything looks at it.
+func checkPath(p string) error {
+	if len(p) > maxPath {
+		return fault.Text(fault.Invalid, "a path of %d bytes is longer than %d", len(p), maxPath)
+	}
+	for i := range len(p) {
+		if c := p[i]; c < ' ' || c == 0x7f {
+			return fault.Text(fault.Invalid, "the path holds a control character")
+		}
+	}
+	if !utf8.ValidString(p) {
+		return fault.Text(fault.Invalid, "the path is not UTF-8")
+	}
+	return nil
 }
 
 // requestID is a time-ordered UUID: reload ids made of it sort by time.
@@ -158,84 +185,174 @@ func (s *Server) locate(r *http.Request, view *fsm.View) (target, error) {
 	}
 }
 
+// dispatch decides which door a request takes. What this node does not know (a namespace, a mount, a token) may have been
+// made through another node a moment ago: then it looks again on a state that holds everything acknowledged so far.
 func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, id string) {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	op, err := operationOf(r)
+	req := &request{ctx: ctx, http: r, id: id, view: s.State.View()}
+	var err error
+	if req.op, err = operationOf(r); err == nil {
+		req.wrapTTL, err = wrapTTLOf(r)
+	}
 	if err != nil {
 		s.fail(w, r, id, err)
 		return
 	}
-	view := s.State.View()
-	to, err := s.locate(r, view)
-	if err != nil {
-		s.fail(w, r, id, err)
-		return
-	}
-	if op == opUpdate && strings.HasSuffix(to.path, "/") {
-		s.fail(w, r, id, fault.Text(fault.Invalid, "cannot write to a path ending in '/'"))
-		return
-	}
-	if rt, params := s.routes.find(to.path); rt != nil {
-		s.system(ctx, w, r, &request{http: r, id: id, ns: to.ns, path: to.path, op: op, params: params, view: view}, rt)
-		return
-	}
-	if to.path == "sys" || strings.HasPrefix(to.path, "sys/") {
-		if _, err := policy.Authenticate(view, tokenOf(r)); err != nil {
-			s.fail(w, r, id, err)
-			return
+	err = s.route(ctx, w, req)
+	if errors.Is(err, errUnknown) {
+		cause := errors.Unwrap(err)
+		if newer, cerr := s.newer(ctx); cerr == nil && newer.Index() > req.view.Index() {
+			cause = s.route(ctx, w, &request{ctx: ctx, http: r, id: id, op: req.op, wrapTTL: req.wrapTTL, view: newer})
+			if errors.Is(cause, errUnknown) {
+				cause = errors.Unwrap(cause)
+			}
 		}
-		s.fail(w, r, id, &fault.Error{Kind: fault.UnsupportedPath})
-		return
+		err = cause
 	}
-	s.plugin(ctx, w, r, id, to, op)
+	if err != nil {
+		s.fail(w, r, id, err)
+	}
 }
 
-// system runs one row of the table: authenticate, authorise, decode, handle, encode.
-func (s *Server) system(ctx context.Context, w http.ResponseWriter, r *http.Request, req *request, rt *route) {
-	req.ctx = ctx
-	if err := s.admit(req, rt); err != nil {
-		s.fail(w, r, req.id, err)
-		return
-	}
-	handle := rt.ops[req.op]
-	if handle == nil && req.op == opHelp {
-		s.writeJSON(w, http.StatusOK, map[string]any{"help": rt.summary, "see_also": nil})
-		return
-	}
-	if handle == nil {
-		s.fail(w, r, req.id, &fault.Error{Kind: fault.UnsupportedOperation})
-		return
-	}
-	raw, err := readBody(w, r, req.op, MaxSysBody)
+// newer is a state that holds everything acknowledged so far, if it is to be had soon.
+func (s *Server) newer(ctx context.Context) (*fsm.View, error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	return s.Replica.Consistent(ctx)
+}
+
+// errUnknown marks an error that says that this node does not know something. Nothing was read or written by then.
+var errUnknown = errors.New("unknown here")
+
+type unknown struct{ error }
+
+func (u unknown) Is(target error) bool { return target == errUnknown }
+func (u unknown) Unwrap() error        { return u.error }
+
+// route answers a request, or returns an error that is still to be answered.
+func (s *Server) route(ctx context.Context, w http.ResponseWriter, req *request) error {
+	to, err := s.locate(req.http, req.view)
 	if err != nil {
-		s.fail(w, r, req.id, err)
-		return
+		return unknown{err}
 	}
-	if req.body, err = newFields(raw); err != nil {
-		s.fail(w, r, req.id, err)
-		return
+	if req.http.Header.Get(api.HeaderNamespace) != "" {
+		w.Header().Set(api.HeaderNamespace, to.ns)
 	}
-	if !rt.anyNode && req.op != opUpdate && req.op != opDelete && !stale(r) {
-		if req.view, err = s.Replica.Consistent(ctx); err != nil {
-			s.fail(w, r, req.id, err)
-			return
+	if req.op == opUpdate && strings.HasSuffix(to.path, "/") {
+		return fault.Text(fault.Invalid, "cannot write to a path ending in '/'")
+	}
+	req.ns, req.path = to.ns, strings.TrimSuffix(to.path, "/")
+	rt, params := s.routes.find(to.path)
+	if rt == nil && ownPath(to.path) {
+		rt = noRoute
+	}
+	if rt != nil {
+		req.params = params
+		s.system(ctx, w, req, rt)
+		return nil
+	}
+	if req.op == opList && !strings.HasSuffix(to.path, "/") {
+		to.path += "/" // a list is of what is below
+	}
+	return s.plugin(ctx, w, req, to)
+}
+
+// ownPath reports whether a path belongs to this server and never to a mount.
+func ownPath(p string) bool {
+	for _, own := range []string{"sys", "auth/token", "cubbyhole", "identity", "audit"} {
+		if p == own || strings.HasPrefix(p, own+"/") {
+			return true
 		}
+	}
+	return false
+}
+
+// noRoute stands for paths of ours that nothing serves: who may not call them learns no more than that.
+var noRoute = &route{pattern: "(no such path)", anyNode: true, ops: map[operation]handler{}}
+
+// system runs one row of the table: authenticate, decode, authorise, handle, encode.
+func (s *Server) system(ctx context.Context, w http.ResponseWriter, req *request, rt *route) {
+	rep, err := s.run(ctx, w, req, rt)
+	switch {
+	case err != nil:
+		s.fail(w, req.http, req.id, err)
+	case rep == nil && (req.op == opRead || req.op == opList):
+		s.fail(w, req.http, req.id, &fault.Error{Kind: fault.NotFound})
+	case rep == nil:
+		w.WriteHeader(http.StatusNoContent)
+	default:
+		s.write(w, req.http, req.id, rt.doubled, rep)
+	}
+}
+
+// run is everything of a system route but the encoding.
+func (s *Server) run(ctx context.Context, w http.ResponseWriter, req *request, rt *route) (*reply, error) {
+	if leader := s.elsewhere(req, rt); leader != "" {
+		return &reply{status: http.StatusTemporaryRedirect, raw: []byte{}, headers: map[string]string{
+			"Location": leader + req.http.URL.RequestURI(),
+		}}, nil
+	}
+	if !rt.anyNode && rt.access != open {
+		// On a view that holds everything acknowledged before the call: a token that was revoked through another node
+		// is refused here, whatever this node has heard.
+		view, err := s.Replica.Consistent(ctx)
+		if err != nil {
+			return nil, err
+		}
+		req.view = view
+	}
+	if err := s.admit(req, rt); err != nil {
+		return nil, err
+	}
+	var raw json.RawMessage
+	var err error
+	if rt.rawBody == 0 {
+		if raw, err = readBody(w, req.http, req.op, MaxSysBody); err != nil {
+			return nil, err
+		}
+		if req.body, err = newFields(raw); err != nil {
+			return nil, err
+		}
+	}
+	if err := s.authorise(req, rt); err != nil {
+		return nil, err
+	}
+	over, err := s.spend(ctx, req.who)
+	if err != nil {
+		return nil, err
+	}
+	defer over()
+	handle := rt.ops[req.op]
+	switch {
+	case rt == noRoute:
+		return nil, &fault.Error{Kind: fault.UnsupportedPath}
+	case req.op == opHelp:
+		return &reply{bare: helpOf(rt)}, nil
+	case handle == nil:
+		return nil, &fault.Error{Kind: fault.UnsupportedOperation}
 	}
 	rep, err := s.handle(req, rt, handle)
-	if err != nil {
-		s.fail(w, r, req.id, err)
-		return
+	if err != nil || rep == nil {
+		return nil, err
 	}
-	if rep == nil {
-		if req.op == opRead || req.op == opList {
-			s.fail(w, r, req.id, &fault.Error{Kind: fault.NotFound})
-			return
-		}
-		w.WriteHeader(http.StatusNoContent)
-		return
+	return s.wrapped(req, rep)
+}
+
+// elsewhere is the address of the leader's API where the caller wants a redirect instead of forwarding, for what this node
+// would have to hand on; empty otherwise.
+func (s *Server) elsewhere(req *request, rt *route) string {
+	if rt.anyNode || req.http.Header.Get(api.HeaderNoForward) != "true" {
+		return ""
 	}
-	s.write(w, r, req.id, rt.doubled, rep, req.op)
+	if req.op != opUpdate && req.op != opDelete && req.op != opPatch {
+		return ""
+	}
+	st := s.Cluster.Status()
+	if st.IsLeader {
+		return ""
+	}
+	return st.LeaderAPIAddress
 }
 
 // handle runs a handler and holds its answer against the body's unknown fields: refused on paths of our own before
@@ -245,7 +362,7 @@ func (s *Server) handle(req *request, rt *route, h handler) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	if rep != nil && !rt.ours && rep.bare == nil && rep.raw == nil && rep.stream == nil && req.op == opUpdate {
+	if rep != nil && !rt.ours && rep.bare == nil && rep.raw == nil && rep.stream == nil && req.op == opUpdate && req.body != nil {
 		if extra := req.body.ignored(); len(extra) > 0 {
 			rep.warnings = append(rep.warnings,
 				"Endpoint ignored these unrecognized parameters: ["+strings.Join(extra, " ")+"]")
@@ -267,51 +384,3 @@ func (q *request) checked(ours bool) error {
 
 // stale asks for this node's own state: the way to look around while there is no leader.
 func stale(r *http.Request) bool { return r.URL.Query().Has("stale") }
-
-// admit authenticates and authorises a request for a system route.
-func (s *Server) admit(req *request, rt *route) error {
-	if rt.access == open {
-		return nil
-	}
-	who, err := policy.Authenticate(req.view, tokenOf(req.http))
-	if err != nil {
-		return err
-	}
-	req.who = who
-	if rt.rootOnly && req.ns != "" {
-		return fault.Text(fault.Invalid, "operation unavailable in namespaces")
-	}
-	if err := policy.Allow(req.view, who, req.ns, req.path, capabilityOf(req.op)); err != nil {
-		return err
-	}
-	if rt.access == withSudo {
-		return policy.Allow(req.view, who, req.ns, req.path, policy.Sudo)
-	}
-	return nil
-}
-
-func capabilityOf(op operation) policy.Capability {
-	switch op {
-	case opUpdate:
-		return policy.Update
-	case opDelete:
-		return policy.Delete
-	case opList:
-		return policy.List
-	case opPatch:
-		return policy.Patch
-	default:
-		return policy.Read
-	}
-}
-
-// tokenOf takes the caller's token: the contract's header first, then a bearer token.
-func tokenOf(r *http.Request) string {
-	if t := r.Header.Get(api.HeaderToken); t != "" {
-		return t
-	}
-	if t, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); ok {
-		return strings.TrimSpace(t)
-	}
-	return ""
-}

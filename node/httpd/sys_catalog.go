@@ -18,17 +18,25 @@ import (
 func (s *Server) catalogRoutes() []*route {
 	all := map[operation]handler{opRead: s.readPlugin, opUpdate: s.registerPlugin, opDelete: s.deregisterPlugin}
 	return []*route{
-		{pattern: "sys/plugins/catalog", ops: map[operation]handler{opRead: s.listCatalog},
-			summary: "Every plugin of the catalog."},
-		{pattern: "sys/plugins/catalog/{type}", access: withSudo,
+		{
+			pattern: "sys/plugins/catalog", ops: map[operation]handler{opRead: s.listCatalog},
+			summary: "Every plugin of the catalog.",
+		},
+		{
+			pattern: "sys/plugins/catalog/{type}", access: withSudo,
 			ops:     map[operation]handler{opList: s.listCatalogType, opRead: s.legacyRead, opUpdate: s.legacyRegister, opDelete: s.legacyDelete},
-			summary: "The names of one type; also the legacy calls without a type."},
-		{pattern: "sys/plugins/catalog/{type}/{name}", access: withSudo, ops: all,
-			summary: "Register, read or deregister one plugin."},
+			summary: "The names of one type; also the legacy calls without a type.",
+		},
+		{
+			pattern: "sys/plugins/catalog/{type}/{name}", access: withSudo, ops: all,
+			summary: "Register, read or deregister one plugin.",
+		},
 		{pattern: "sys/plugins/pins", ops: map[operation]handler{opRead: s.listPins}, summary: "Every version pin."},
-		{pattern: "sys/plugins/pins/{type}/{name}",
+		{
+			pattern: "sys/plugins/pins/{type}/{name}",
 			ops:     map[operation]handler{opRead: s.readPin, opUpdate: s.setPin, opDelete: s.deletePin},
-			summary: "The version that every mount of a plugin runs from its next start."},
+			summary: "The version that every mount of a plugin runs from its next start.",
+		},
 	}
 }
 
@@ -46,8 +54,10 @@ func (s *Server) listCatalog(q *request) (*reply, error) {
 	for _, p := range sortedPlugins(q.view) {
 		spec := p.GetSpec()
 		names[spec.GetType()][spec.GetName()] = true
-		detailed = append(detailed, map[string]any{"type": spec.GetType(), "name": spec.GetName(),
-			"version": spec.GetVersion(), "builtin": false, "sha256": spec.GetSha256()})
+		detailed = append(detailed, map[string]any{
+			"type": spec.GetType(), "name": spec.GetName(),
+			"version": spec.GetVersion(), "builtin": false, "sha256": spec.GetSha256(),
+		})
 	}
 	data := map[string]any{"detailed": detailed}
 	for t, set := range names {
@@ -141,8 +151,10 @@ func typeOf(t string) string {
 
 func (s *Server) registerPlugin(q *request) (*reply, error) {
 	b := q.body
-	spec := &commandv1.Spec{Type: q.params["type"], Name: q.params["name"], Version: b.str("version"),
-		Command: b.str("command"), Args: b.list("args"), Env: b.list("env"), Sha256: b.str("sha256")}
+	spec := &commandv1.Spec{
+		Type: q.params["type"], Name: q.params["name"], Version: b.str("version"),
+		Command: b.str("command"), Args: b.list("args"), Env: b.list("env"), Sha256: b.str("sha256"),
+	}
 	if spec.Sha256 == "" {
 		spec.Sha256 = b.str("sha_256")
 	}
@@ -162,7 +174,8 @@ func (s *Server) registerPlugin(q *request) (*reply, error) {
 		return nil, err
 	}
 	res, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_RegisterPlugin{
-		RegisterPlugin: &commandv1.RegisterPlugin{Spec: spec}}})
+		RegisterPlugin: &commandv1.RegisterPlugin{Spec: spec},
+	}})
 	if err != nil {
 		return nil, err
 	}
@@ -245,8 +258,10 @@ func (s *Server) readPlugin(q *request) (*reply, error) {
 	if args == nil {
 		args = []string{}
 	}
-	return &reply{data: map[string]any{"name": spec.GetName(), "command": spec.GetCommand(), "args": args,
-		"sha256": spec.GetSha256(), "builtin": false, "version": spec.GetVersion()}}, nil
+	return &reply{data: map[string]any{
+		"name": spec.GetName(), "command": spec.GetCommand(), "args": args,
+		"sha256": spec.GetSha256(), "builtin": false, "version": spec.GetVersion(),
+	}}, nil
 }
 
 func canonicalVersion(v string) (string, error) {
@@ -266,7 +281,8 @@ func (s *Server) deregisterPlugin(q *request) (*reply, error) {
 		return nil, err
 	}
 	_, err = s.propose(q, &commandv1.Command{Body: &commandv1.Command_DeregisterPlugin{
-		DeregisterPlugin: &commandv1.DeregisterPlugin{Type: q.params["type"], Name: q.params["name"], Version: v}}})
+		DeregisterPlugin: &commandv1.DeregisterPlugin{Type: q.params["type"], Name: q.params["name"], Version: v},
+	}})
 	return nil, err
 }
 
@@ -299,18 +315,20 @@ func (s *Server) setPin(q *request) (*reply, error) {
 		return nil, fault.Text(fault.Invalid, "cannot pin a builtin plugin: %q", v)
 	}
 	_, err = s.propose(q, &commandv1.Command{Body: &commandv1.Command_SetPin{
-		SetPin: &commandv1.SetPin{Type: q.params["type"], Name: q.params["name"], Version: v}}})
+		SetPin: &commandv1.SetPin{Type: q.params["type"], Name: q.params["name"], Version: v},
+	}})
 	return &reply{}, err
 }
 
 func (s *Server) deletePin(q *request) (*reply, error) {
 	_, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_DeletePin{
-		DeletePin: &commandv1.DeletePin{Type: q.params["type"], Name: q.params["name"]}}})
+		DeletePin: &commandv1.DeletePin{Type: q.params["type"], Name: q.params["name"]},
+	}})
 	return &reply{}, err
 }
 
-// propose enters a command on behalf of a request.
+// propose enters a command on behalf of a request. The command dies with the token that authorised it.
 func (s *Server) propose(q *request, cmd *commandv1.Command) (*commandv1.Result, error) {
-	cmd.WallMs, cmd.RequestId = wall(), q.id
+	cmd.WallMs, cmd.RequestId, cmd.ByToken = wall(), q.id, q.by()
 	return s.Replica.Propose(q.ctx, cmd)
 }

@@ -2,10 +2,12 @@ package httpd
 
 import (
 	"bytes"
+	"math"
 	"net/http"
 	"strconv"
 	"time"
 
+	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 
 	"rollcall/node/fault"
@@ -14,21 +16,23 @@ import (
 func (s *Server) clusterRoutes() []*route {
 	read := func(h handler) map[operation]handler { return map[operation]handler{opRead: h} }
 	return []*route{
-		{pattern: "sys/health", access: open, anyNode: true, ops: map[operation]handler{opRead: s.health, opHead: s.health},
-			summary: "Whether this node serves, as load balancers ask."},
+		{
+			pattern: "sys/health", access: open, anyNode: true, ops: map[operation]handler{opRead: s.health, opHead: s.health},
+			summary: "Whether this node serves, as load balancers ask.",
+		},
 		{pattern: "sys/seal-status", access: open, anyNode: true, ops: read(s.sealStatus), summary: "Seal state and version."},
 		{pattern: "sys/leader", access: open, anyNode: true, ops: read(s.leader), summary: "Who leads, as this node knows it."},
-		{pattern: "sys/init", access: open, anyNode: true, ops: read(s.initStatus), summary: "Whether the cluster is initialised."},
-		{pattern: "sys/ha-status", anyNode: true, doubled: true, ops: read(s.haStatus), summary: "The nodes."},
-		{pattern: "sys/storage/raft/configuration", anyNode: true, ops: read(s.raftConfiguration), summary: "The Raft configuration."},
-		{pattern: "sys/storage/raft/remove-peer", access: withSudo, ops: map[operation]handler{opUpdate: s.removePeer},
-			summary: "Take a node out of the cluster for good."},
-		{pattern: "sys/step-down", access: withSudo, anyNode: true, ops: map[operation]handler{opUpdate: s.stepDown},
-			summary: "Hand leadership to another node."},
-		{pattern: "sys/leave", access: withSudo, ours: true, anyNode: true, ops: map[operation]handler{opUpdate: s.leave},
-			summary: "Take this node out of the cluster and stop it."},
-		{pattern: "sys/metrics", anyNode: true, ops: read(s.metrics), summary: "Metrics in the Prometheus text format."},
-		{pattern: "sys/members", ours: true, anyNode: true, ops: read(s.members), summary: "The nodes, as Raft and gossip see them."},
+		{pattern: "sys/ha-status", rootOnly: true, anyNode: true, doubled: true, ops: read(s.haStatus), summary: "The nodes."},
+		{
+			pattern: "sys/step-down", rootOnly: true, access: withSudo, anyNode: true, ops: map[operation]handler{opUpdate: s.stepDown},
+			summary: "Hand leadership to another node.",
+		},
+		{
+			pattern: "sys/leave", rootOnly: true, access: withSudo, ours: true, anyNode: true, ops: map[operation]handler{opUpdate: s.leave},
+			summary: "Take this node out of the cluster and stop it.",
+		},
+		{pattern: "sys/metrics", rootOnly: true, anyNode: true, ops: read(s.metrics), summary: "Metrics in the Prometheus text format."},
+		{pattern: "sys/members", rootOnly: true, ours: true, anyNode: true, ops: read(s.members), summary: "The nodes, as Raft and gossip see them."},
 	}
 }
 
@@ -90,11 +94,13 @@ func (s *Server) health(q *request) (*reply, error) {
 	if err != nil {
 		return nil, err
 	}
-	body := map[string]any{"initialized": st.Initialized, "sealed": false, "standby": !st.IsLeader,
+	body := map[string]any{
+		"initialized": st.Initialized, "sealed": false, "standby": !st.IsLeader,
 		"performance_standby": !st.IsLeader && serving == nil, "replication_performance_mode": "disabled",
 		"replication_dr_mode": "disabled", "server_time_utc": time.Now().Unix(), "version": s.Version,
 		"enterprise": false, "cluster_name": st.ClusterName, "cluster_id": st.ClusterID,
-		"fenced": serving != nil, "node": s.NodeName}
+		"fenced": serving != nil, "node": s.NodeName,
+	}
 	if serving != nil {
 		body["fenced_because"] = serving.Error()
 	}
@@ -106,17 +112,21 @@ func (s *Server) health(q *request) (*reply, error) {
 
 func (s *Server) sealStatus(*request) (*reply, error) {
 	st := s.Cluster.Status()
-	return &reply{bare: map[string]any{"type": "none", "initialized": st.Initialized, "sealed": false, "t": 0, "n": 0,
+	return &reply{bare: map[string]any{
+		"type": "none", "initialized": st.Initialized, "sealed": false, "t": 0, "n": 0,
 		"progress": 0, "nonce": "", "version": s.Version, "build_date": "", "migration": false,
-		"cluster_name": st.ClusterName, "cluster_id": st.ClusterID, "recovery_seal": false, "storage_type": "raft"}}, nil
+		"cluster_name": st.ClusterName, "cluster_id": st.ClusterID, "recovery_seal": false, "storage_type": "raft",
+	}}, nil
 }
 
 func (s *Server) leader(*request) (*reply, error) {
 	st := s.Cluster.Status()
-	return &reply{bare: map[string]any{"ha_enabled": true, "is_self": st.IsLeader, "leader_address": st.LeaderAPIAddress,
+	return &reply{bare: map[string]any{
+		"ha_enabled": true, "is_self": st.IsLeader, "leader_address": st.LeaderAPIAddress,
 		"leader_cluster_address": st.LeaderClusterAddress, "performance_standby": !st.IsLeader,
 		"performance_standby_last_remote_wal": 0, "raft_committed_index": st.CommitIndex,
-		"raft_applied_index": st.AppliedIndex}}, nil
+		"raft_applied_index": st.AppliedIndex,
+	}}, nil
 }
 
 func (s *Server) initStatus(*request) (*reply, error) {
@@ -130,9 +140,11 @@ func (s *Server) haStatus(q *request) (*reply, error) {
 	}
 	nodes := []map[string]any{}
 	for _, m := range list {
-		nodes = append(nodes, map[string]any{"hostname": m.Name, "api_address": m.APIAddress,
+		nodes = append(nodes, map[string]any{
+			"hostname": m.Name, "api_address": m.APIAddress,
 			"cluster_address": m.ClusterAddress, "active_node": m.Leader, "last_echo": nil,
-			"version": m.Version, "upgrade_version": ""})
+			"version": m.Version, "upgrade_version": "",
+		})
 	}
 	return &reply{data: map[string]any{"nodes": nodes}}, nil
 }
@@ -155,8 +167,10 @@ func (s *Server) raftConfiguration(q *request) (*reply, error) {
 		if m.Suffrage == "" {
 			continue
 		}
-		servers = append(servers, map[string]any{"node_id": m.ID, "name": m.Name, "address": m.ClusterAddress,
-			"leader": m.Leader, "protocol_version": "3", "voter": m.Suffrage == "voter"})
+		servers = append(servers, map[string]any{
+			"node_id": m.ID, "name": m.Name, "address": m.ClusterAddress,
+			"leader": m.Leader, "protocol_version": "3", "voter": m.Suffrage == "voter",
+		})
 	}
 	return &reply{data: map[string]any{"config": map[string]any{"servers": servers, "index": s.Cluster.Status().CommitIndex}}}, nil
 }
@@ -176,10 +190,17 @@ func (s *Server) stepDown(q *request) (*reply, error) { return nil, s.Cluster.St
 
 func (s *Server) leave(q *request) (*reply, error) { return nil, s.Cluster.Leave(q.ctx) }
 
-func (s *Server) metrics(*request) (*reply, error) {
+// metrics answers in Prometheus' text, or, asked for neither that nor text, as JSON gauges.
+func (s *Server) metrics(q *request) (*reply, error) {
+	if s.Gatherer == nil {
+		return nil, fault.Text(fault.Invalid, "prometheus is not enabled")
+	}
 	families, err := s.Gatherer.Gather()
 	if err != nil {
 		return nil, fault.Wrap(err, "gather", "metrics")
+	}
+	if q.body.str("format") == "json" {
+		return &reply{bare: gauges(families)}, nil
 	}
 	var b bytes.Buffer
 	format := expfmt.NewFormat(expfmt.TypeTextPlain)
@@ -190,4 +211,40 @@ func (s *Server) metrics(*request) (*reply, error) {
 		}
 	}
 	return &reply{raw: b.Bytes(), contentType: string(format)}, nil
+}
+
+// gauges are the simple metrics in the contract's JSON.
+func gauges(families []*dto.MetricFamily) map[string]any {
+	g, c := []any{}, []any{}
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			labels := map[string]string{}
+			for _, l := range m.GetLabel() {
+				labels[l.GetName()] = l.GetValue()
+			}
+			switch f.GetType() {
+			case dto.MetricType_GAUGE:
+				g = append(g, map[string]any{"Name": f.GetName(), "Value": finite(m.GetGauge().GetValue()), "Labels": labels})
+			case dto.MetricType_COUNTER:
+				v := finite(m.GetCounter().GetValue())
+				c = append(c, map[string]any{
+					"Name": f.GetName(), "Count": 1, "Sum": v, "Min": v, "Max": v, "Mean": v, "Stddev": 0,
+					"Rate": 0, "Labels": labels,
+				})
+			default: // histograms and summaries are in the text form
+			}
+		}
+	}
+	return map[string]any{
+		"Timestamp": time.Now().UTC().Format("2006-01-02 15:04:05 +0000 UTC"), "Gauges": g, "Counters": c,
+		"Points": []any{}, "Samples": []any{},
+	}
+}
+
+// finite makes a number that JSON has.
+func finite(v float64) float64 {
+	if math.IsNaN(v) || math.IsInf(v, 0) {
+		return 0
+	}
+	return v
 }

@@ -3,7 +3,9 @@ package httpd
 import (
 	"context"
 	"crypto/rand"
+	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -40,12 +42,16 @@ func (s *Server) mountRoutes() []*route {
 		}
 		routes = append(routes,
 			&route{pattern: base, doubled: true, ops: map[operation]handler{opRead: t.list}, summary: "Every mount of the table."},
-			&route{pattern: base + "/{path...}", doubled: true, access: acc,
+			&route{
+				pattern: base + "/{path...}", doubled: true, access: acc,
 				ops:     map[operation]handler{opRead: t.read, opUpdate: t.enable, opDelete: t.disable},
-				summary: "Enable, read or disable one mount."},
-			&route{pattern: base + "/{path...}/tune", doubled: true, access: acc,
+				summary: "Enable, read or disable one mount.",
+			},
+			&route{
+				pattern: base + "/{path...}/tune", doubled: true, access: acc,
 				ops:     map[operation]handler{opRead: t.readTune, opUpdate: t.tune},
-				summary: "A mount's configuration. Tuning never restarts anything."})
+				summary: "A mount's configuration. Tuning never restarts anything.",
+			})
 	}
 	return append(routes,
 		&route{pattern: "sys/remount", access: withSudo, ops: map[operation]handler{opUpdate: s.remount}, summary: "Move a mount."},
@@ -121,17 +127,23 @@ func displayPath(m *commandv1.Mount) string {
 // mountObject is a mount as lists and reads show it.
 func mountObject(m *commandv1.Mount, run api.RunningMount) map[string]any {
 	c := m.GetConfig()
-	config := map[string]any{"default_lease_ttl": c.GetDefaultLeaseTtlS(), "max_lease_ttl": c.GetMaxLeaseTtlS(),
-		"force_no_cache": c.GetForceNoCache()}
-	for k, v := range map[string][]string{"passthrough_request_headers": c.GetPassthroughRequestHeaders(),
-		"allowed_response_headers": c.GetAllowedResponseHeaders(), "audit_non_hmac_request_keys": c.GetAuditNonHmacRequestKeys(),
-		"audit_non_hmac_response_keys": c.GetAuditNonHmacResponseKeys()} {
+	config := map[string]any{
+		"default_lease_ttl": c.GetDefaultLeaseTtlS(), "max_lease_ttl": c.GetMaxLeaseTtlS(),
+		"force_no_cache": c.GetForceNoCache(),
+	}
+	for k, v := range map[string][]string{
+		"passthrough_request_headers": c.GetPassthroughRequestHeaders(),
+		"allowed_response_headers":    c.GetAllowedResponseHeaders(), "audit_non_hmac_request_keys": c.GetAuditNonHmacRequestKeys(),
+		"audit_non_hmac_response_keys": c.GetAuditNonHmacResponseKeys(),
+	} {
 		if len(v) > 0 {
 			config[k] = v
 		}
 	}
-	for k, v := range map[string]string{"listing_visibility": c.GetListingVisibility(), "token_type": c.GetTokenType(),
-		"identity_token_key": c.GetIdentityTokenKey(), "trial": c.GetTrial(), "fencing": c.GetFencing()} {
+	for k, v := range map[string]string{
+		"listing_visibility": c.GetListingVisibility(), "token_type": c.GetTokenType(),
+		"identity_token_key": c.GetIdentityTokenKey(), "trial": c.GetTrial(), "fencing": c.GetFencing(),
+	} {
 		if v != "" {
 			config[k] = v
 		}
@@ -149,11 +161,13 @@ func mountObject(m *commandv1.Mount, run api.RunningMount) map[string]any {
 	if len(m.GetOptions()) > 0 {
 		options = m.GetOptions()
 	}
-	return map[string]any{"type": m.GetType(), "description": m.GetDescription(), "accessor": m.GetAccessor(),
+	return map[string]any{
+		"type": m.GetType(), "description": m.GetDescription(), "accessor": m.GetAccessor(),
 		"uuid": m.GetUuid(), "local": m.GetLocal(), "seal_wrap": m.GetSealWrap(),
 		"external_entropy_access": m.GetExternalEntropyAccess(), "options": options,
 		"plugin_version": m.GetConfiguredVersion(), "running_plugin_version": run.Version,
-		"running_sha256": run.SHA256, "config": config, "generation": m.GetWanted().GetGeneration()}
+		"running_sha256": run.SHA256, "config": config, "generation": m.GetWanted().GetGeneration(),
+	}
 }
 
 // readConfig reads the tunable fields of a body on top of base; set tells whether any was there.
@@ -256,9 +270,11 @@ func (t mountTable) readEnable(q *request) (m *commandv1.Mount, version string, 
 	table, path := t.at(q)
 	conf := b.object("config")
 	config, _ := readConfig(conf, nil)
-	m = &commandv1.Mount{Namespace: q.ns, Table: table, Path: path, Type: b.str("type"), PluginType: table,
+	m = &commandv1.Mount{
+		Namespace: q.ns, Table: table, Path: path, Type: b.str("type"), PluginType: table,
 		Description: b.str("description"), Config: config, Options: b.strMap("options"), Local: b.boolean("local"),
-		SealWrap: b.boolean("seal_wrap"), ExternalEntropyAccess: b.boolean("external_entropy_access")}
+		SealWrap: b.boolean("seal_wrap"), ExternalEntropyAccess: b.boolean("external_entropy_access"),
+	}
 	name := b.str("plugin_name")
 	if name == "" {
 		name = conf.str("plugin_name")
@@ -340,9 +356,36 @@ func (t mountTable) awaitReady(ctx context.Context, mountUUID string) error {
 
 func (t mountTable) disable(q *request) (*reply, error) {
 	table, path := t.at(q)
-	_, err := t.propose(q, &commandv1.Command{Body: &commandv1.Command_DisableMount{
-		DisableMount: &commandv1.DisableMount{Namespace: q.ns, Table: table, Path: path}}})
-	return nil, err
+	m := q.view.MountAt(q.ns, table, path)
+	if m == nil {
+		return nil, nil
+	}
+	warnings, err := t.endMount(q, m, revokeGlance)
+	if err != nil || len(warnings) == 0 {
+		return nil, err
+	}
+	return &reply{warnings: warnings}, nil
+}
+
+// endMount gives back through the plugin what it has lent out, bounded, and then ends the mount with everything of it. A
+// plugin that cannot revoke does not keep its mount alive: what it could not take back is said.
+func (s *Server) endMount(q *request, m *commandv1.Mount, wait time.Duration) (warnings []string, err error) {
+	if len(q.view.LeasesOfMount(m.GetUuid())) > 0 {
+		left, err := s.Leases.Revoke(q.ctx, &commandv1.RevokeLeases{MountUuid: m.GetUuid()}, q.by(), wait)
+		if left > 0 {
+			s.log.Warn("leases are forgotten with their mount: its plugin did not revoke them in time", "mount", displayPath(m),
+				"leases", left, "error", err)
+			warnings = append(warnings, fmt.Sprintf("%d leases of %s could not be revoked through its plugin and are forgotten: "+
+				"what they gave access to may still be open", left, displayPath(m)))
+		}
+	}
+	res, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_DisableMount{
+		DisableMount: &commandv1.DisableMount{Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath()},
+	}})
+	if err == nil && m.GetTable() == "auth" {
+		s.settle(q.ctx, res, "an auth method and its tokens are gone")
+	}
+	return warnings, err
 }
 
 func (t mountTable) readTune(q *request) (*reply, error) {
@@ -384,8 +427,10 @@ func (t mountTable) tune(q *request) (*reply, error) {
 	}
 	b := q.body
 	config, set := readConfig(b, m.GetConfig())
-	cmd := &commandv1.TuneMount{Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(),
-		SetConfig: set, Config: config}
+	cmd := &commandv1.TuneMount{
+		Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(),
+		SetConfig: set, Config: config,
+	}
 	if b.has("description") {
 		cmd.SetDescription, cmd.Description = true, b.str("description")
 	}
@@ -430,27 +475,54 @@ func (s *Server) remount(q *request) (*reply, error) {
 	cmd := &commandv1.MoveMount{Namespace: q.ns, ToNamespace: q.ns}
 	cmd.Table, cmd.Path = mountOf(from)
 	cmd.ToTable, cmd.ToPath = mountOf(to)
-	if _, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_MoveMount{MoveMount: cmd}}); err != nil {
+	_, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_MoveMount{MoveMount: cmd}})
+	if err != nil {
 		return nil, err
 	}
-	return &reply{data: map[string]any{"migration_id": q.id}, warnings: []string{
-		"Mount move has been queued. Progress will be reported in rollcall's log, tagged with the returned migration_id"}}, nil
+	return &reply{data: map[string]any{"migration_id": moveID(q.id, from, to)}, warnings: []string{
+		"Mount move has been queued. Progress will be reported in rollcall's log, tagged with the returned migration_id",
+	}}, nil
 }
 
-// remountStatus answers for any id: a move is one entry of the log, so one that was answered has succeeded.
+// A move is one entry of the log: when it is answered it is done, and one that failed was answered with its error. So the
+// id that the answer gives out holds what a status has to tell, on every node and for ever, and nothing is kept.
+type move struct{ From, To string }
+
+func moveID(request, from, to string) string {
+	raw, err := json.Marshal(move{strings.Trim(from, "/") + "/", strings.Trim(to, "/") + "/"})
+	if err != nil { // two strings always encode
+		return request
+	}
+	return request + "." + base64.RawURLEncoding.EncodeToString(raw)
+}
+
 func (s *Server) remountStatus(q *request) (*reply, error) {
-	if _, err := uuid.Parse(q.params["id"]); err != nil {
+	id, text, _ := strings.Cut(q.params["id"], ".")
+	raw, err := base64.RawURLEncoding.DecodeString(text)
+	var m move
+	if err != nil || uuid.Validate(id) != nil || json.Unmarshal(raw, &m) != nil || m.From == "" {
 		return nil, nil
 	}
-	return &reply{data: map[string]any{"migration_id": q.params["id"],
-		"migration_info": map[string]any{"source_mount": "", "target_mount": "", "status": "success"}}}, nil
+	return &reply{data: map[string]any{
+		"migration_id":   q.params["id"],
+		"migration_info": map[string]any{"source_mount": m.From, "target_mount": m.To, "status": "success"},
+	}}, nil
 }
 
+// uiMounts shows what the caller has business with; without a token, what is meant to be seen by everyone.
 func (s *Server) uiMounts(q *request) (*reply, error) {
-	who := tokenOf(q.http) != "" && s.admit(q, &route{access: withToken}) == nil
+	if tokenOf(q.http) != "" {
+		if who, err := s.authenticate(q.view, q.http); err == nil {
+			q.who = who
+		}
+	}
 	secret, auth := map[string]any{}, map[string]any{}
 	for _, m := range q.view.Mounts() {
-		if m.GetNamespace() != q.ns || !who && m.GetConfig().GetListingVisibility() != "unauth" {
+		if m.GetNamespace() != q.ns {
+			continue
+		}
+		if m.GetConfig().GetListingVisibility() != "unauth" &&
+			(q.who == nil || !s.Policies.Sees(q.view, q.who, q.ns, displayPath(m))) {
 			continue
 		}
 		o := map[string]any{"type": m.GetType(), "description": m.GetDescription(), "options": m.GetOptions()}
@@ -467,7 +539,7 @@ func (s *Server) uiMounts(q *request) (*reply, error) {
 func (s *Server) uiMount(q *request) (*reply, error) {
 	path := strings.Trim(q.params["path"], "/") + "/"
 	m, _ := q.view.MountFor(q.ns, path)
-	if m == nil {
+	if m == nil || !s.Policies.Sees(q.view, q.who, q.ns, displayPath(m)) {
 		return nil, &fault.Error{Kind: fault.Denied, Text: fmt.Sprintf("preflight capability check returned 403, "+
 			"please ensure client's policies grant access to path %q", path)}
 	}

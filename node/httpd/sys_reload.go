@@ -19,26 +19,46 @@ import (
 
 func (s *Server) reloadRoutes() []*route {
 	return []*route{
-		{pattern: "sys/plugins/reload/backend", ops: map[operation]handler{opUpdate: s.reloadBackend},
-			summary: "Reload a plugin or mounts of this namespace, on this node or with scope=global on all."},
-		{pattern: "sys/plugins/reload/backend/status", anyNode: true, ops: map[operation]handler{opRead: s.reloadStatus},
-			summary: "Who has finished a reload."},
-		{pattern: "sys/plugins/reload/{type}", ops: map[operation]handler{opUpdate: s.reloadNameless},
-			summary: "What the stock command sends for -mounts without a namespace."},
-		{pattern: "sys/plugins/reload/{type}/{name}", rootOnly: true, ops: map[operation]handler{opUpdate: s.reloadNamed},
-			summary: "Reload a plugin in every namespace."},
-		{pattern: "sys/plugins/rollback/{type}/{name}", rootOnly: true, ours: true, ops: map[operation]handler{opUpdate: s.rollback},
-			summary: "Reload a plugin's mounts to what they ran before their last switch."},
-		{pattern: "sys/reloads", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.listReloads, opList: s.listReloads},
-			summary: "The reloads, newest first."},
-		{pattern: "sys/reloads/{id}", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.readReload},
-			summary: "One reload: who did what. index and wait make it a blocking query."},
-		{pattern: "sys/reloads/{id}/{action}", ours: true, ops: map[operation]handler{opUpdate: s.controlReload},
-			summary: "abort, pause, resume or promote a reload."},
-		{pattern: "sys/plugins/versions", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.versions},
-			summary: "What every node runs against what the state wants."},
-		{pattern: "sys/plugins/plan", ours: true, ops: map[operation]handler{opUpdate: s.plan},
-			summary: "Try a reload on every node without a switch."},
+		{
+			pattern: "sys/plugins/reload/backend", ops: map[operation]handler{opUpdate: s.reloadBackend},
+			summary: "Reload a plugin or mounts of this namespace, on this node or with scope=global on all.",
+		},
+		{
+			pattern: "sys/plugins/reload/backend/status", anyNode: true, ops: map[operation]handler{opRead: s.reloadStatus},
+			summary: "Who has finished a reload.",
+		},
+		{
+			pattern: "sys/plugins/reload/{type}", ops: map[operation]handler{opUpdate: s.reloadNameless},
+			summary: "What the stock command sends for -mounts without a namespace.",
+		},
+		{
+			pattern: "sys/plugins/reload/{type}/{name}", rootOnly: true, ops: map[operation]handler{opUpdate: s.reloadNamed},
+			summary: "Reload a plugin in every namespace.",
+		},
+		{
+			pattern: "sys/plugins/rollback/{type}/{name}", rootOnly: true, ours: true, ops: map[operation]handler{opUpdate: s.rollback},
+			summary: "Reload a plugin's mounts to what they ran before their last switch.",
+		},
+		{
+			pattern: "sys/reloads", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.listReloads, opList: s.listReloads},
+			summary: "The reloads, newest first.",
+		},
+		{
+			pattern: "sys/reloads/{id}", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.readReload},
+			summary: "One reload: who did what. index and wait make it a blocking query.",
+		},
+		{
+			pattern: "sys/reloads/{id}/{action}", ours: true, ops: map[operation]handler{opUpdate: s.controlReload},
+			summary: "abort, pause, resume or promote a reload.",
+		},
+		{
+			pattern: "sys/plugins/versions", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.versions},
+			summary: "What every node runs against what the state wants.",
+		},
+		{
+			pattern: "sys/plugins/plan", ours: true, ops: map[operation]handler{opUpdate: s.plan},
+			summary: "Try a reload on every node without a switch.",
+		},
 	}
 }
 
@@ -89,8 +109,10 @@ func (s *Server) reloadNamed(q *request) (*reply, error) {
 	if err := cmpErr(q.body.err, err); err != nil {
 		return nil, err
 	}
-	return s.startReload(q, &commandv1.StartReload{Scope: sc,
-		Selector: &commandv1.Selector{PluginType: kind, Plugin: name, AllNamespaces: true}})
+	return s.startReload(q, &commandv1.StartReload{
+		Scope:    sc,
+		Selector: &commandv1.Selector{PluginType: kind, Plugin: name, AllNamespaces: true},
+	})
 }
 
 // reloadNameless meets a defect of the stock command: -mounts without a namespace sends neither.
@@ -107,17 +129,21 @@ func (s *Server) rollback(q *request) (*reply, error) {
 	if kind != "unknown" && !isPluginType(kind) || !pluginName.MatchString(name) {
 		return nil, &fault.Error{Kind: fault.UnsupportedPath}
 	}
-	return s.startReload(q, &commandv1.StartReload{Scope: commandv1.Scope_SCOPE_GLOBAL, ToPrevious: true,
-		Selector: &commandv1.Selector{PluginType: kind, Plugin: name, AllNamespaces: true}})
+	return s.startReload(q, &commandv1.StartReload{
+		Scope: commandv1.Scope_SCOPE_GLOBAL, ToPrevious: true,
+		Selector: &commandv1.Selector{PluginType: kind, Plugin: name, AllNamespaces: true},
+	})
 }
 
 // reloadFields are what a reload understands besides the contract's own fields.
 func (s *Server) readOptions(b *fields, sc commandv1.Scope) (*commandv1.Options, error) {
-	o := &commandv1.Options{Version: b.str("version"), PrepareMs: b.duration("prepare").Milliseconds(),
+	o := &commandv1.Options{
+		Version: b.str("version"), PrepareMs: b.duration("prepare").Milliseconds(),
 		RunMs: b.duration("deadline").Milliseconds(), QueueMs: b.duration("queue").Milliseconds(), Trial: b.str("trial"),
 		OnDrainTimeout: b.str("on_drain_timeout"), MaxUnavailable: uint32(max(0, b.number("max_unavailable"))),
 		BakeMs: b.duration("bake").Milliseconds(), MaxErrorRate: b.float("max_error_rate"),
-		MaxP99Increase: b.float("max_p99_increase"), MinSamples: uint32(max(0, b.number("min_samples")))}
+		MaxP99Increase: b.float("max_p99_increase"), MinSamples: uint32(max(0, b.number("min_samples"))),
+	}
 	if b.has("exclude_fenced") {
 		o.KeepFenced = !b.boolean("exclude_fenced")
 	}
@@ -422,7 +448,8 @@ func (s *Server) readReload(q *request) (*reply, error) {
 		}
 	}
 	return &reply{data: s.reloadRecord(view, r), headers: map[string]string{
-		api.HeaderIndex: strconv.FormatUint(r.GetModifyIndex(), 10)}}, nil
+		api.HeaderIndex: strconv.FormatUint(r.GetModifyIndex(), 10),
+	}}, nil
 }
 
 var actions = map[string]commandv1.ControlReload_Action{
@@ -440,7 +467,8 @@ func (s *Server) controlReload(q *request) (*reply, error) {
 		return nil, err
 	}
 	_, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_ControlReload{ControlReload: &commandv1.ControlReload{
-		Id: q.params["id"], Action: action, Why: why, RequestedBy: q.who.Token.GetDisplayName()}}})
+		Id: q.params["id"], Action: action, Why: why, RequestedBy: q.who.Token.GetDisplayName(),
+	}}})
 	if err != nil {
 		return nil, err
 	}

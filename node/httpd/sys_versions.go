@@ -37,8 +37,10 @@ func wantedProcess(w *commandv1.Wanted) api.Process {
 }
 
 func versionsOf(view *fsm.View, m *commandv1.Mount, nodes []api.NodeRunning) api.MountVersions {
-	row := api.MountVersions{Mount: displayPath(m), Namespace: m.GetNamespace(), Accessor: m.GetAccessor(), Type: m.GetPluginType(),
-		Plugin: m.GetType(), Configured: m.GetConfiguredVersion(), Wanted: wantedProcess(m.GetWanted()), Nodes: []api.NodeVersion{}}
+	row := api.MountVersions{
+		Mount: displayPath(m), Namespace: m.GetNamespace(), Accessor: m.GetAccessor(), Type: m.GetPluginType(),
+		Plugin: m.GetType(), Configured: m.GetConfiguredVersion(), Wanted: wantedProcess(m.GetWanted()), Nodes: []api.NodeVersion{},
+	}
 	if p := view.Pin(m.GetPluginType(), m.GetType()); p != nil {
 		row.Pinned = p.GetVersion()
 	}
@@ -91,9 +93,11 @@ func overrideWhy(o *commandv1.Override) (word, why string) {
 // plan resolves what a global reload would touch, and tries it on every node.
 func (s *Server) plan(q *request) (*reply, error) {
 	b := q.body
-	start := &commandv1.StartReload{Id: q.id, Namespace: q.ns, ServingNode: s.NodeID, Scope: commandv1.Scope_SCOPE_GLOBAL,
+	start := &commandv1.StartReload{
+		Id: q.id, Namespace: q.ns, ServingNode: s.NodeID, Scope: commandv1.Scope_SCOPE_GLOBAL,
 		Selector: &commandv1.Selector{PluginType: cmpText(b.str("type"), "unknown"), Plugin: b.str("plugin"), AllNamespaces: q.ns == ""},
-		Options:  &commandv1.Options{Version: b.str("version"), Trial: b.str("trial"), Strategy: commandv1.Strategy_STRATEGY_ALL_OR_NOTHING}}
+		Options:  &commandv1.Options{Version: b.str("version"), Trial: b.str("trial"), Strategy: commandv1.Strategy_STRATEGY_ALL_OR_NOTHING},
+	}
 	if mounts := b.strs("mounts"); len(mounts) > 0 {
 		if start.GetSelector().GetPlugin() != "" {
 			return nil, fault.Text(fault.Invalid, "plugin and mounts cannot be set at the same time")

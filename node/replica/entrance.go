@@ -19,7 +19,7 @@ import (
 type entrance struct {
 	mu      sync.Mutex
 	dir     *Dir
-	member  bool            // has state, founded, or was let in
+	member  bool            // has said Hello once, founded, or was let in
 	leader  raft.ServerID   // whom we have asked to let us in
 	promise map[string]bool // node ids that we found the cluster with
 	cluster string          // id of our cluster, from the directory until the state says it
@@ -41,7 +41,8 @@ func (e *entrance) load(dir *Dir, hasState bool) error {
 			"this node is a member of cluster %s, but its Raft log is gone. An empty log must not vote in its name: "+
 				"move the whole directory away and start again under the same name, as a replaced disk", cluster)
 	}
-	e.dir, e.member, e.cluster = dir, hasState, cluster
+	// Entries without a cluster's id: the node ended before its Hello. enter finds out whether it is configured.
+	e.dir, e.member, e.cluster = dir, hasState && cluster != "", cluster
 	e.setPromise(ids)
 	return nil
 }
@@ -107,6 +108,12 @@ func (e *entrance) entered() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.member = true
+}
+
+func (e *entrance) inside() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.member
 }
 
 func (e *entrance) mayFeed(id raft.ServerID) bool {

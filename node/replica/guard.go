@@ -24,8 +24,10 @@ const maxSnapshotBytes = 8 << 30
 //     its state machine would go backwards.
 //   - AppendEntries whose previous entry is applied but compacted away loses its applied entries and its check. Raft
 //     would look for that entry in the log, not find it, and reject for ever; the leader would send the snapshot again.
-//   - A node without any state votes and listens only where it has promised to found or asked to join: an empty disk
-//     under an old address must not vote for somebody who lacks what that address had acknowledged.
+//   - A node that is no member yet votes only for whom it has promised to found with, and without any state it listens
+//     only to them and to the leader that it has asked: an empty disk under an old address must not vote for somebody who
+//     lacks what that address had acknowledged. While it is let in, the leader may still feed it under its old id, so
+//     having entries is not enough to vote.
 //
 // Dropping the check of the previous entry is sound: every entry up to the applied index is committed, so every later
 // leader has the same ones.
@@ -52,8 +54,10 @@ type network interface {
 	raft.WithClose
 }
 
-// entryRule says whom a node without state listens to.
+// entryRule says whom a node that is new listens to.
 type entryRule interface {
+	// inside: is this node a member under its own id?
+	inside() bool
 	// mayFeed: may this peer send us entries and snapshots?
 	mayFeed(id raft.ServerID) bool
 	// mayWin: may this peer have our vote?
@@ -122,6 +126,7 @@ func (g *guard) admit(rpc *raft.RPC) bool {
 	var term uint64
 	var rule func(raft.ServerID) bool
 	var from raft.ServerID
+	known := r.LastIndex() > 0
 	switch c := rpc.Command.(type) {
 	case *raft.AppendEntriesRequest:
 		term, from, rule = c.Term, raft.ServerID(c.ID), g.entry.mayFeed
@@ -131,9 +136,9 @@ func (g *guard) admit(rpc *raft.RPC) bool {
 			return g.refuse(rpc, fmt.Errorf("a snapshot of %d bytes is refused", c.Size))
 		}
 	case *raft.RequestVoteRequest:
-		term, from, rule = c.Term, raft.ServerID(c.ID), g.entry.mayWin
+		term, from, rule, known = c.Term, raft.ServerID(c.ID), g.entry.mayWin, known && g.entry.inside()
 	case *raft.RequestPreVoteRequest:
-		term, from, rule = c.Term, raft.ServerID(c.ID), g.entry.mayWin
+		term, from, rule, known = c.Term, raft.ServerID(c.ID), g.entry.mayWin, known && g.entry.inside()
 	case *raft.TimeoutNowRequest:
 		from, rule = raft.ServerID(c.ID), g.entry.mayFeed
 	default:
@@ -142,8 +147,8 @@ func (g *guard) admit(rpc *raft.RPC) bool {
 	if current := r.CurrentTerm(); current > 0 && term > current+maxTermJump {
 		return g.refuse(rpc, fmt.Errorf("term %d is too far ahead of %d", term, current))
 	}
-	if r.LastIndex() == 0 && !rule(from) {
-		return g.refuse(rpc, fmt.Errorf("this node has no state and has not asked %q to join its cluster", from))
+	if !known && !rule(from) {
+		return g.refuse(rpc, fmt.Errorf("this node is no member yet, and has neither asked %q to let it in nor promised to found with it", from))
 	}
 	return true
 }

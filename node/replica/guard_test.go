@@ -88,6 +88,7 @@ func (l *lossyTransport) AppendEntriesPipeline(raft.ServerID, raft.ServerAddress
 
 type anybody struct{}
 
+func (anybody) inside() bool               { return true }
 func (anybody) mayFeed(raft.ServerID) bool { return true }
 func (anybody) mayWin(raft.ServerID) bool  { return true }
 
@@ -206,8 +207,12 @@ type probeTransport struct {
 
 func (p *probeTransport) Consumer() <-chan raft.RPC { return p.in }
 
-type closedRule struct{ feed, win raft.ServerID }
+type closedRule struct {
+	feed, win raft.ServerID
+	member    *atomic.Bool
+}
 
+func (r closedRule) inside() bool                  { return r.member.Load() }
 func (r closedRule) mayFeed(id raft.ServerID) bool { return id == r.feed }
 func (r closedRule) mayWin(id raft.ServerID) bool  { return id == r.win }
 
@@ -226,7 +231,8 @@ func TestANodeWithoutStateListensOnlyToWhomItAsked(t *testing.T) {
 	_, inner := raft.NewInmemTransport("me")
 	g := &guardProbe{in: make(chan raft.RPC)}
 	logs := raft.NewInmemStore()
-	g.guard = newGuard(&probeTransport{inner, g.in}, logs, closedRule{feed: "leader", win: "founder"})
+	var member atomic.Bool
+	g.guard = newGuard(&probeTransport{inner, g.in}, logs, closedRule{feed: "leader", win: "founder", member: &member})
 	conf := raft.DefaultConfig()
 	conf.LocalID, conf.Logger = "me", hclog.NewNullLogger()
 	node, err := raft.NewRaft(conf, &countingFSM{}, logs, raft.NewInmemStore(), raft.NewInmemSnapshotStore(), g.guard)
@@ -262,6 +268,19 @@ func TestANodeWithoutStateListensOnlyToWhomItAsked(t *testing.T) {
 	feed := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 2}
 	if resp, err := send(g, feed, ""); err != nil || !resp.(*raft.AppendEntriesResponse).Success {
 		t.Errorf("the leader that was asked is refused: %+v, %v", resp, err)
+	}
+	// What the leader feeds may still be meant for the id that this address had: entries alone give no vote.
+	feed.Entries = []*raft.Log{{Index: 1, Term: 2, Type: raft.LogNoop}}
+	if resp, err := send(g, feed, ""); err != nil || !resp.(*raft.AppendEntriesResponse).Success || node.LastIndex() != 1 {
+		t.Fatalf("entries of the leader that was asked are refused: %+v, %v", resp, err)
+	}
+	vote.Term = 3
+	if _, err := send(g, vote, ""); err == nil {
+		t.Error("a node that is fed and not let in voted")
+	}
+	member.Store(true)
+	if _, err := send(g, vote, ""); err != nil {
+		t.Errorf("a member does not hear who stands for election: %v", err)
 	}
 	giant := &raft.AppendEntriesRequest{RPCHeader: header("leader"), Term: 1 << 60}
 	if _, err := send(g, giant, ""); err == nil || node.CurrentTerm() != 2 {

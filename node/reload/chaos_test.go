@@ -208,8 +208,12 @@ func (c *chaos) hurt() {
 		c.set(func() {
 			calls := from
 			c.wire = func(*simNode, string) (drop, lose, twice bool) {
-				c.set(func() { calls = calls*6364136223846793005 + 1442695040888963407 })
-				return calls>>60 < 5, calls>>56&15 < 5, calls>>52&15 < 5
+				var now uint64 // calls are made from many goroutines at once
+				c.set(func() {
+					calls = calls*6364136223846793005 + 1442695040888963407
+					now = calls
+				})
+				return now>>60 < 5, now>>56&15 < 5, now>>52&15 < 5
 			}
 		})
 	case 6: // bytes that misbehave on one node

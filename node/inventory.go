@@ -213,8 +213,14 @@ func (c *cluster) RemoveMember(ctx context.Context, id string) error {
 
 func (c *cluster) StepDown(ctx context.Context) error { return c.n.replica.TransferLeadership(ctx) }
 
-// Leave begins to take this node out of the cluster; the process ends afterwards.
-func (c *cluster) Leave(context.Context) error {
+// Leave begins to take this node out of the cluster; the process ends afterwards. A node that leads and cannot hand
+// the office over does not begin: the others would be left without a quorum.
+func (c *cluster) Leave(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := c.n.handOver(ctx); err != nil {
+		return fault.Wrap(err, "leave the cluster", c.n.Name())
+	}
 	go c.n.leave()
 	return nil
 }

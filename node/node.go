@@ -178,6 +178,10 @@ func Run(ctx context.Context, cfg Config, opt Options) error {
 	case <-ctx.Done():
 		n.log.Info("stopping", "because", context.Cause(ctx))
 	case cause = <-n.fatal:
+		if errors.Is(cause, errLeft) {
+			n.log.Info("stopping", "because", cause)
+			break
+		}
 		n.log.Error("cannot go on", "error", cause)
 	}
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)

@@ -344,6 +344,26 @@ func (n *Node) markLeaderOnly(m *commandv1.Mount) {
 	n.log.Info("reads of this mount now run on the leader: one made a secret on a follower", "mount", m.GetPath())
 }
 
+// handOver returns when another node is known to lead.
+func (n *Node) handOver(ctx context.Context) error {
+	for {
+		changed, role := n.replica.RoleChanged(), n.replica.Role()
+		if !role.Leader && role.LeaderID != "" {
+			return nil
+		}
+		if role.Leader {
+			if err := n.replica.TransferLeadership(ctx); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fault.As(fault.Unavailable, context.Cause(ctx), "wait for", "another leader")
+		}
+	}
+}
+
 // leave takes this node out of the cluster: it stops to answer, ends its plugins, tells the log, gives its place in
 // the Raft configuration up, and ends the process.
 func (n *Node) leave() {
@@ -355,10 +375,29 @@ func (n *Node) leave() {
 		err = n.replica.Leave(ctx)
 	}
 	if err == nil {
-		err = n.replica.RemoveMember(ctx, n.ID())
+		err = n.giveUpPlace(ctx)
 	}
 	if err != nil {
 		n.log.Error("leave the cluster: it stops anyway; remove it from another node", "error", err)
 	}
 	n.fail(errLeft)
+}
+
+// giveUpPlace has the leader remove this node from the Raft configuration. The office may come back to this node in
+// between, and the leader may change: then it asks again.
+func (n *Node) giveUpPlace(ctx context.Context) error {
+	for {
+		err := n.handOver(ctx)
+		if err == nil {
+			if err = n.replica.RemoveMember(ctx, n.ID()); err == nil {
+				return nil
+			}
+		}
+		n.log.Info("not out of the cluster yet", "error", err)
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }

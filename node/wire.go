@@ -172,6 +172,7 @@ func (n *Node) openHTTP() error {
 		IdleTimeout: n.cfg.HTTP.IdleTimeout, MaxHeaderBytes: 16 << 10,
 		ErrorLog: telemetry.StdLog(n.component("http"), slog.LevelDebug),
 	}
+	n.http.RegisterOnShutdown(n.door.EndStreams)
 	return nil
 }
 

@@ -36,6 +36,7 @@ type Server struct {
 	clock    clock
 	inFlight prometheus.Gauge
 	answers  *prometheus.HistogramVec
+	streams  streams
 }
 
 // New makes the door. It starts nothing; the caller serves Handler.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -191,7 +192,8 @@ func TestFaultsKeepTheirKindAndTextAcrossAForward(t *testing.T) {
 	} {
 		for _, n := range c.nodes[:2] {
 			r, err := n.do(opUpdate, "kv/"+path, "{}")
-			e, ok := err.(*fault.Error)
+			e := &fault.Error{}
+			ok := errors.As(err, &e)
 			if !ok || e.Kind != want.kind || e.Error() != want.text || e.Code != want.code {
 				t.Errorf("%s on %s: %#v", path, n.id, err)
 			}

@@ -88,8 +88,11 @@ func (f *fake) Initialize(ctx context.Context) error {
 func (f *fake) Type(context.Context) (string, error)                  { return f.kind, nil }
 func (f *fake) SpecialPaths(context.Context) (*pluginpb.Paths, error) { return f.paths, nil }
 func (f *fake) Cleanup(context.Context) error                         { f.mu.Lock(); f.cleaned++; f.mu.Unlock(); return nil }
-func (f *fake) storage() supervisor.Storage                           { f.mu.Lock(); defer f.mu.Unlock(); return f.inst.st }
-func (f *fake) setups() int                                           { f.mu.Lock(); defer f.mu.Unlock(); return f.gen }
+
+func (f *fake) storage() supervisor.Storage { f.mu.Lock(); defer f.mu.Unlock(); return f.inst.st }
+
+func (f *fake) setups() int { f.mu.Lock(); defer f.mu.Unlock(); return f.gen }
+
 func (f *fake) invalidated() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -65,11 +65,11 @@ func (g *gate) set(to mode, why error, reads, writes *instance) {
 	g.changed = make(chan struct{})
 }
 
-// state answers the mode, its cause, and a channel that is closed when either changes.
-func (g *gate) state() (mode, error, <-chan struct{}) {
+// state answers the mode, a channel that is closed when it or its cause changes, and the cause.
+func (g *gate) state() (mode, <-chan struct{}, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.mode, g.why, g.changed
+	return g.mode, g.changed, g.why
 }
 
 // try takes a reference on the lane's instance, or returns nil when the lane is empty.

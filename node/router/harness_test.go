@@ -3,7 +3,6 @@ package router
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"strings"
@@ -63,7 +62,7 @@ func newCluster(t testing.TB, n int, change func(*Config)) *cluster {
 		nd := &testNode{c: c, id: fmt.Sprintf("n%d", i+1), fsm: fsm.New(), lis: bufconn.Listen(1 << 20)}
 		cfg := Config{
 			NodeID: nd.id, NodeName: nd.id, State: StateOf(nd.fsm.View, nd.fsm.Changed), Replica: nd, Peers: nd,
-			Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), Registerer: prometheus.NewRegistry(),
+			Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 			GateWait: 5 * time.Second, ForwardWait: 5 * time.Second,
 		}
 		if testing.Verbose() {

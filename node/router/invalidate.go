@@ -219,7 +219,7 @@ func (rt *route) repair(p repair) {
 // worker tells the instance of changed keys, and repairs it. It ends with the route.
 func (rt *route) worker() {
 	for {
-		_, _, changed := rt.gate.state()
+		_, changed, _ := rt.gate.state()
 		if rt.invalidate() {
 			// Nothing to tell, or nobody to tell it: whatever comes next wakes us.
 			select {

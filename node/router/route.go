@@ -49,7 +49,7 @@ func (r *Router) route(uuid string) *route {
 		inval: newInvalidations(r.cfg.QueueKeys), repairs: make(chan repair, 1),
 	}
 	rt.ctx, rt.stop = context.WithCancelCause(r.ctx)
-	rt.forwards.Store(ptr(newRefs()))
+	rt.forwards.Store(new(newRefs()))
 	v, raced := r.routes.LoadOrStore(uuid, rt)
 	if raced {
 		rt.stop(nil)
@@ -59,7 +59,8 @@ func (r *Router) route(uuid string) *route {
 	return v.(*route)
 }
 
-func ptr[T any](v T) *T { return &v }
+//go:fix inline
+func ptr[T any](v T) *T { return new(v) }
 
 // lookup returns the mount's route, or nil.
 func (r *Router) lookup(uuid string) *route {
@@ -109,7 +110,7 @@ func (rt *route) specials(ctx context.Context) (*specialPaths, error) {
 	timer := time.NewTimer(rt.r.cfg.GateWait)
 	defer timer.Stop()
 	for {
-		m, why, changed := rt.gate.state()
+		m, changed, why := rt.gate.state()
 		if p := rt.paths.Load(); p != nil {
 			return p, nil
 		}
@@ -118,6 +119,7 @@ func (rt *route) specials(ctx context.Context) (*specialPaths, error) {
 			return nil, fault.As(fault.Unavailable, why, "", "")
 		case gone:
 			return nil, fault.Text(fault.Unavailable, "the mount is being removed from this node")
+		default: // it may still come
 		}
 		select {
 		case <-changed:

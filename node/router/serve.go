@@ -146,7 +146,7 @@ func (p *passage) mayLeave() bool {
 // stale waits a moment for the instance to be entered under the term that this node leads now.
 func (p *passage) stale(ctx context.Context) error {
 	from := time.Now()
-	_, _, changed := p.rt.gate.state()
+	_, changed, _ := p.rt.gate.state()
 	roles := p.r.cfg.Replica.RoleChanged()
 	timer := time.NewTimer(min(p.r.cfg.GateWait, 50*time.Millisecond))
 	defer timer.Stop()

@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"fmt"
+	"maps"
 	"time"
 
 	"rollcall/node/fault"
@@ -50,9 +51,7 @@ func (r *Router) setUp(ctx context.Context, m *commandv1.Mount, in *instance, in
 func (r *Router) setupOf(m *commandv1.Mount, in *instance) supervisor.Setup {
 	spec := in.wanted.Load().GetSpec()
 	config := make(map[string]string, len(m.GetOptions())+3)
-	for k, v := range m.GetOptions() {
-		config[k] = v
-	}
+	maps.Copy(config, m.GetOptions())
 	config["plugin_name"], config["plugin_version"] = spec.GetName(), spec.GetVersion()
 	config["plugin_type"] = spec.GetType()
 	return supervisor.Setup{

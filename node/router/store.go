@@ -228,6 +228,7 @@ func (s *store) do(ctx context.Context, op *commandv1.StorageOp) error {
 		s.mu.Unlock()
 		s.shaken.Add(1)
 		return fault.Text(fault.Stale, "write %q: another instance of the plugin has taken the mount over", op.GetKey())
+	default: // live, or an answer that was waited for: the log decides
 	}
 	s.writing++
 	w := &commandv1.WriteStorage{

@@ -251,7 +251,7 @@ func (rt *route) put(in *instance) {
 // settleForwards waits, bounded, for the answers that were asked of the leader before this switch, and promises that
 // nothing older than what the leader took over with is released here from now on.
 func (s *switching) settleForwards(ctx context.Context) {
-	before := s.rt.forwards.Swap(ptr(newRefs()))
+	before := s.rt.forwards.Swap(new(newRefs()))
 	before.drain(ctx, s.plan.Hold)
 	if !s.plan.Role.Leader && s.plan.AwaitTakeOver {
 		m := s.rt.r.cfg.State.View().Mount(s.rt.uuid)

@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -321,7 +322,8 @@ func TestATrialLeavesNoTraceAndNamesThePhaseThatRefused(t *testing.T) {
 		f := newFake("bad")
 		breaks(f)
 		_, err := n.router.Trial(t.Context(), m, m.GetWanted().GetSpec(), f, "initialize")
-		fe, ok := err.(*fault.Error)
+		fe := &fault.Error{}
+		ok := errors.As(err, &fe)
 		if !ok || fe.Kind != fault.Refused || fe.Op != phase {
 			t.Errorf("%s: %v", phase, err)
 		}

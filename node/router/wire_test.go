@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -202,9 +203,7 @@ func TestTheOverlayReadsAsWhatItWillCommit(t *testing.T) {
 			below.kv[k] = "old"
 		}
 		model := &mapView{kv: map[string]string{}}
-		for k, v := range below.kv {
-			model.kv[k] = v
-		}
+		maps.Copy(model.kv, below.kv)
 		st := newStore("u", collecting, func() View { return below })
 		for i := range rapid.IntRange(1, 12).Draw(t, "steps") {
 			k := key.Draw(t, "key")
@@ -325,8 +324,10 @@ func TestAForwardedRequestMustBeginWithItsHeadAndNameAKnownOperation(t *testing.
 	c := newCluster(t, 2, nil)
 	m := c.mount("kv/", nil)
 	c.nodes[0].up(t, m, newFake("a"))
-	p := &passage{r: c.nodes[1].router, rt: c.nodes[1].router.route(m.GetUuid()), m: m, v: c.nodes[1].fsm.View(),
-		req: &Request{Operation: "sudo", Path: "kv/x"}}
+	p := &passage{
+		r: c.nodes[1].router, rt: c.nodes[1].router.route(m.GetUuid()), m: m, v: c.nodes[1].fsm.View(),
+		req: &Request{Operation: "sudo", Path: "kv/x"},
+	}
 	_, err, more := p.send(t.Context())
 	if !fault.Is(err, fault.UnsupportedOperation) || more {
 		t.Fatalf("%v, %v", err, more)

@@ -59,9 +59,6 @@ func (r *Router) route(uuid string) *route {
 	return v.(*route)
 }
 
-//go:fix inline
-func ptr[T any](v T) *T { return new(v) }
-
 // lookup returns the mount's route, or nil.
 func (r *Router) lookup(uuid string) *route {
 	if v, ok := r.routes.Load(uuid); ok {

@@ -166,6 +166,11 @@ func (in *fakeInstance) handle(ctx context.Context, req *pluginpb.Request) (*plu
 		return nil, fault.Text(fault.Internal, "could not find version data")
 	case path == "torn":
 		return data(map[string]any{"name": in.f.name}), nil
+	case path == "slow-error":
+		if _, err := in.slow(ctx); err != nil {
+			return nil, err
+		}
+		return nil, fault.Text(fault.Invalid, "what the old generation says")
 	case strings.HasPrefix(path, "slow"):
 		return in.slow(ctx)
 	case path == "error":

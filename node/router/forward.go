@@ -44,8 +44,11 @@ func (p *passage) away(ctx context.Context) (*Response, error) {
 		}
 		resp, err, more := p.send(ctx)
 		p.r.metrics.forwards.WithLabelValues(outcomeOf(err)).Inc()
-		if err == nil {
-			err, more = p.fresh(resp)
+		if resp != nil && !more && !fault.Is(err, fault.OutcomeUnknown) {
+			// An error is an answer too.
+			if old, retry := p.fresh(resp); old != nil {
+				err, more = old, retry
+			}
 		}
 		switch {
 		case err == nil:
@@ -55,6 +58,9 @@ func (p *passage) away(ctx context.Context) (*Response, error) {
 			}
 			return resp, nil
 		case !more || ctx.Err() != nil || time.Now().After(end):
+			if lost := p.released(); lost != nil && !unrun(err) {
+				return resp.facts(), lost
+			}
 			return resp.facts(), err
 		}
 		pause := time.NewTimer(min(10*time.Millisecond<<min(try, 5), 200*time.Millisecond, time.Until(end)))

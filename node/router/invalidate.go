@@ -330,7 +330,12 @@ func (rt *route) mendOnce(p repair) error {
 		return err
 	}
 	defer rt.unlock()
-	if rt.run.Load() != p.in || p.in.life.dead() || rt.r.role() != p.in.role() {
+	cur := rt.run.Load()
+	if cur != nil && cur.life == p.in.life && p.what == restamp {
+		// Set up again in the same process meanwhile: perhaps before it had its new generation.
+		p.in = cur
+	}
+	if cur != p.in || p.in.life.dead() || rt.r.role() != p.in.role() {
 		// Somebody else's now: a switch's, a restart's, or a role change's.
 		return nil
 	}
@@ -340,8 +345,11 @@ func (rt *route) mendOnce(p repair) error {
 	}
 	rt.r.metrics.repairs.Inc()
 	if p.what == restamp {
-		if !p.in.leader {
+		if !p.in.leader || m.GetEpochGeneration() == p.in.generation() && rt.unbroken(m, p.in) {
 			return nil
+		}
+		if _, ok := p.in.store.owns(); !ok {
+			return rt.renew(ctx, m, p.in, p.in.role())
 		}
 		return rt.restamp(ctx, m, p.in, p.in.role())
 	}

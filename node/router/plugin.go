@@ -23,8 +23,9 @@ type instance struct {
 	life   *life
 	// base is the index of the state that the instance was set up on.
 	base uint64
-	// wanted is replaced when the instance is relabelled.
-	wanted atomic.Pointer[commandv1.Wanted]
+	// wanted is replaced when the instance is relabelled. The instances of one process share it, so that a relabelling
+	// is not lost to a set-up that is under way.
+	wanted *atomic.Pointer[commandv1.Wanted]
 
 	mu    sync.Mutex
 	calls map[*call]struct{}
@@ -45,6 +46,7 @@ type call struct {
 func newInstance(b Backend, w *commandv1.Wanted, role Role, st *store, l *life) *instance {
 	in := &instance{
 		refs: newRefs(), backend: b, leader: role.Leader, store: st, life: l, calls: map[*call]struct{}{},
+		wanted: &atomic.Pointer[commandv1.Wanted]{},
 	}
 	in.term.Store(role.Term)
 	in.wanted.Store(w)

@@ -59,7 +59,7 @@ func (rt *route) restamp(ctx context.Context, m *commandv1.Mount, in *instance, 
 // again is the same backend behind the gate for another role.
 func (in *instance) again(role Role, st *store) *instance {
 	next := newInstance(in.backend, in.wanted.Load(), role, st, in.life)
-	next.paths, next.base = in.paths, in.base
+	next.paths, next.base, next.wanted = in.paths, in.base, in.wanted
 	return next
 }
 
@@ -97,6 +97,11 @@ func (rt *route) renew(ctx context.Context, m *commandv1.Mount, in *instance, ro
 // establish sets an instance up on the state as it is, and takes the mount over or catches up with what changed.
 func (rt *route) establish(ctx context.Context, m *commandv1.Mount, in *instance) error {
 	rt.inval.follow(!in.leader)
+	if in.leader {
+		if err := rt.settleWrites(ctx, in.role().Term); err != nil {
+			return err
+		}
+	}
 	in.base = rt.r.cfg.State.View().Index()
 	if err := rt.r.setUp(ctx, m, in, true); err != nil {
 		return err
@@ -105,6 +110,23 @@ func (rt *route) establish(ctx context.Context, m *commandv1.Mount, in *instance
 		return rt.takeOver(ctx, m, in, in.role(), in.store.seal())
 	}
 	return rt.catchUp(ctx, in)
+}
+
+// settleWrites makes sure that no write of the instance before is still on its way: given up by its request, it would be
+// applied after the next instance has read the key, and before that one's TakeOver refuses it.
+func (rt *route) settleWrites(ctx context.Context, term uint64) error {
+	before := rt.run.Load()
+	if before == nil || !before.store.unsure.Load() {
+		return nil
+	}
+	// An entry that writes nothing stands behind all that were proposed before it. That its epoch may be over is all right.
+	_, err := rt.r.cfg.Replica.ProposeAsLeader(ctx, term, &commandv1.Command{Body: &commandv1.Command_WriteStorage{
+		WriteStorage: &commandv1.WriteStorage{MountUuid: rt.uuid},
+	}})
+	if err != nil && !fault.Is(err, fault.Stale) {
+		return fault.Wrap(err, "wait for the writes of the instance before on", rt.uuid)
+	}
+	return nil
 }
 
 // takeOver enters what the instance wrote while it was set up, and makes its store live.

@@ -212,6 +212,9 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 		}
 		then, err := p.judge(in, resp, err, moved)
 		resp.Plugin = nil
+		if lost := p.released(); lost != nil && then == answered && !unrun(err) {
+			return resp, then, lost // an error is an answer too
+		}
 		return resp, then, err
 	}
 	if writes(p.req.Operation) {
@@ -353,6 +356,10 @@ func (in *instance) lingers(limit time.Duration) {
 	case <-timer.C:
 	}
 }
+
+// unrun reports whether an error is the host's own word, which says nothing of what an instance holds: nothing ran, or it
+// is not known what did.
+func unrun(err error) bool { return fault.KindOf(err).Safe() || fault.Is(err, fault.OutcomeUnknown) }
 
 // fate tells from a backend's error whether its process has ended under the call, and whether the call can have run.
 func fate(err error) (ran, died bool) {

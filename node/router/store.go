@@ -70,6 +70,8 @@ type store struct {
 	last atomic.Uint64
 	// refused counts writes that a follower's plugin tried, shaken those that were lost to a change of leader or epoch.
 	refused, shaken atomic.Uint64
+	// unsure is set once a write was given up while it was on its way: it may be applied at any moment.
+	unsure atomic.Bool
 }
 
 var _ supervisor.Storage = (*store)(nil)
@@ -249,6 +251,9 @@ func (s *store) do(ctx context.Context, op *commandv1.StorageOp) error {
 			// Nothing moved: the plugin asked for what cannot be.
 		default:
 			s.shaken.Add(1)
+			if !fault.KindOf(err).Safe() && !fault.Is(err, fault.Stale) {
+				s.unsure.Store(true)
+			}
 		}
 		if fault.Is(err, fault.Stale) && s.phase == live && !s.told && s.lost != nil {
 			s.told = true

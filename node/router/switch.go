@@ -192,6 +192,10 @@ func (s *switching) drain(ctx context.Context) error {
 			s.around.drained.Add(uint64(n))
 			return nil
 		}
+		if s.plan.KeepOld {
+			// Nobody comes back to this switch: the old instance goes on, and must not stay behind a closed gate.
+			s.undo()
+		}
 		if err := context.Cause(ctx); err != nil {
 			return fault.Wrap(err, "drain", s.m.GetPath())
 		}

@@ -143,7 +143,10 @@ func (n *Node) Start(ctx context.Context) error {
 		{"http", n.startHTTP, n.stopHTTP},
 	} {
 		if err := s.start(); err != nil {
-			return errors.Join(fault.Wrap(err, "start", s.name), n.Stop(ctx))
+			// ctx may be what ended the start, and must not cut the unwinding short.
+			stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
+			defer cancel()
+			return errors.Join(fault.Wrap(err, "start", s.name), n.Stop(stop))
 		}
 		if s.stop != nil {
 			n.life.did(s.name, s.stop)

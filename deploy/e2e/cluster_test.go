@@ -60,6 +60,7 @@ type server struct {
 	name                        string
 	dir, data, plugins, config  string
 	http, peer, gossip, logFile string
+	sockets                     string // below root, short
 
 	mu   sync.Mutex
 	cmd  *exec.Cmd
@@ -101,7 +102,7 @@ func newCluster(t testing.TB, opt options) *cluster {
 	for i, name := range names {
 		s := &server{c: c, name: name, dir: c.path(name), data: c.path(name, "data"), plugins: c.path("plugins"),
 			config: c.path(name, "config.json"), logFile: c.path(name, "log"),
-			http: addr(ports[3*i]), peer: addr(ports[3*i+1]), gossip: addr(ports[3*i+2])}
+			sockets: fmt.Sprintf("s%d", i+1), http: addr(ports[3*i]), peer: addr(ports[3*i+1]), gossip: addr(ports[3*i+2])}
 		if opt.ownPlugins {
 			s.plugins = c.path(name, "plugins")
 		}
@@ -170,7 +171,7 @@ func (s *server) configure(founder bool) {
 		join = append(join, o.gossip)
 	}
 	cfg := map[string]any{
-		"name": s.name, "data_dir": s.data, "plugin_dir": s.plugins, "socket_dir": c.path("s" + s.name[len("node-"):]),
+		"name": s.name, "data_dir": s.data, "plugin_dir": s.plugins, "socket_dir": c.path(s.sockets),
 		"retry_join": join,
 		"join":       map[string]any{"interval": "200ms", "max_interval": "1s"},
 		"cluster": map[string]any{"listen": s.peer, "ca_file": c.path("tls", "ca.pem"),

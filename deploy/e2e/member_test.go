@@ -235,49 +235,71 @@ func TestANodeThatLeavesIsNotExpectedAnyMore(t *testing.T) {
 	c.live()[1].holds("after", "two")
 }
 
-// TestAReplacedNodeIsLetInWhenTheOldOneIsRemoved: an empty node does not take the place of the one whose name it has
-// until somebody says so; then it gets everything.
-func TestAReplacedNodeIsLetInWhenTheOldOneIsRemoved(t *testing.T) {
+// TestAnEmptiedNodeTakesItsOwnPlaceAgain: the certificate says that it is the same node with a new disk. The old one is
+// removed when it can no longer serve, and the new one gets everything.
+func TestAnEmptiedNodeTakesItsOwnPlaceAgain(t *testing.T) {
 	c := newCluster(t, options{config: quick})
 	c.mountDemo()
 	c.nodes[0].put("before", "one")
-	old := c.followers()[0]
-	old.kill()
-	old.replace()
-	seen := len(old.log())
-	old.start()
-	until(t, short, "the log of "+old.name+" says why it is not let in", func() error {
-		if text := old.log()[seen:]; !strings.Contains(text, "not let in") || !strings.Contains(text, "remove") {
-			return errors.New(tail(old.logFile, 5))
+	for _, who := range []string{"follower", "leader"} {
+		dead := c.leader()
+		if who == "follower" {
+			dead = c.followers()[0]
+		}
+		dead.kill()
+		dead.replace()
+		dead.start()
+		c.serving()
+		dead.holds("before", "one")
+		until(t, long, dead.name+", which was the "+who+", votes under its new id", func() error {
+			members, err := c.any().Members(timeout(t, short))
+			voters := 0
+			for _, m := range members {
+				if m.Suffrage == "voter" {
+					voters++
+				}
+			}
+			if err == nil && (voters != 3 || len(members) != 3) {
+				err = fmt.Errorf("%+v", members)
+			}
+			return err
+		})
+	}
+	rec := c.reload(c.nodes[2], api.ReloadRequest{Plugin: "demo", Version: "v1.1.0"})
+	allSwitched(t, rec, "v1.1.0", c.nodes...)
+}
+
+// TestTheSecondNodeOfANameIsRefusedAtTheDoor: while the first one lives, another data directory with its certificate
+// does not get in, and the cluster does not notice.
+func TestTheSecondNodeOfANameIsRefusedAtTheDoor(t *testing.T) {
+	c := newCluster(t, options{config: quick})
+	c.mountDemo()
+	first := c.nodes[1]
+	ports := freePorts(t, 3)
+	twin := &server{c: c, name: first.name, dir: c.path("twin"), data: c.path("twin", "data"), plugins: first.plugins,
+		config: c.path("twin", "config.json"), logFile: c.path("twin", "log"), sockets: "t",
+		http: addr(ports[0]), peer: addr(ports[1]), gossip: addr(ports[2])}
+	if err := os.MkdirAll(twin.data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	twin.configure(true)
+	twin.start()
+	t.Cleanup(func() {
+		if twin.alive() {
+			twin.stop()
+		}
+	})
+	until(t, short, "its log says that the name is taken", func() error {
+		text := twin.log()
+		if !strings.Contains(text, "does not let this node in") || !strings.Contains(text, first.name) {
+			return errors.New(tail(twin.logFile, 5))
 		}
 		return nil
 	})
-	if h, err := old.client().Health(timeout(t, short)); err != nil || h.Initialized {
-		t.Errorf("%s is empty: %+v, %v", old.name, h, err)
+	if h, err := twin.client().Health(timeout(t, short)); err != nil || h.Initialized {
+		t.Errorf("the second %s: %+v, %v", first.name, h, err)
 	}
-	rest := c.others(old)
-	if err := c.settled(rest...); err != nil {
-		t.Errorf("the others: %v", err)
-	}
-	if r := c.cli(rest, "operator", "raft", "remove-peer", old.name); r.code != 0 {
-		t.Fatalf("remove-peer: exit code %d\n%s%s", r.code, r.out, r.errOut)
-	}
-	c.serving()
-	old.holds("before", "one")
-	until(t, long, old.name+" votes", func() error {
-		members, err := c.any().Members(timeout(t, short))
-		voters := 0
-		for _, m := range members {
-			if m.Suffrage == "voter" {
-				voters++
-			}
-		}
-		if err == nil && voters != 3 {
-			err = fmt.Errorf("%+v", members)
-		}
-		return err
-	})
-	rec := c.reload(old, api.ReloadRequest{Plugin: "demo", Version: "v1.1.0"})
+	rec := c.reload(c.nodes[0], api.ReloadRequest{Plugin: "demo", Version: "v1.1.0"})
 	allSwitched(t, rec, "v1.1.0", c.nodes...)
 }
 
@@ -361,7 +383,7 @@ func (c *cluster) oneCluster() string {
 	return id
 }
 
-// TestAStrangerIsRefused: a node with another cluster's authority is not let in, and says why it hears nothing.
+// TestANodeOfAnotherClusterIsNotTakenIn: a node with another cluster's authority is not let in, and says why it hears nothing.
 func TestANodeOfAnotherClusterIsNotTakenIn(t *testing.T) {
 	c := newCluster(t, options{config: quick})
 	id := c.oneCluster()
@@ -369,15 +391,6 @@ func TestANodeOfAnotherClusterIsNotTakenIn(t *testing.T) {
 	stranger.stop()
 	other := filepath.Join(c.root, "other")
 	c.run("tls", "all", "-dir", other, "-nodes", stranger.name)
-	for _, f := range []string{"ca.pem", stranger.name + ".pem", stranger.name + "-key.pem"} {
-		raw, err := os.ReadFile(filepath.Join(other, f))
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(other, f), raw, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
 	config, err := os.ReadFile(stranger.config)
 	if err != nil {
 		t.Fatal(err)

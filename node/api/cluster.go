@@ -263,6 +263,16 @@ type Plan struct {
 	OK      bool           `json:"ok"`
 	Targets []ReloadTarget `json:"targets"`
 	Nodes   []PlanNode     `json:"nodes"`
+	// Untouched are the other mounts that the caller's namespace reaches, each with why the reload would leave it alone.
+	Untouched []PlanUntouched `json:"untouched"`
+}
+
+// PlanUntouched is a mount that a reload would leave alone.
+type PlanUntouched struct {
+	Mount     string `json:"mount"`
+	Namespace string `json:"namespace"`
+	Plugin    string `json:"plugin"`
+	Why       string `json:"why"`
 }
 
 // PlanNode is one node's part of a Plan. Error is set where the node could not be asked.

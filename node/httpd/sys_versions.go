@@ -134,8 +134,33 @@ func (s *Server) plan(q *request) (*reply, error) {
 		}
 		out.Targets = append(out.Targets, targetOf(t, path))
 	}
+	out.Untouched = untouched(view, start, targets)
 	for _, n := range nodes {
 		out.OK = out.OK && n.Error == "" && !slices.ContainsFunc(n.Mounts, func(m api.PlanMount) bool { return !m.OK })
 	}
 	return &reply{data: out}, nil
+}
+
+// untouched lists the mounts that the reload of a plan would leave alone, and why.
+func untouched(view *fsm.View, start *commandv1.StartReload, targets []*commandv1.Target) []api.PlanUntouched {
+	sel, ns := start.GetSelector(), start.GetNamespace()
+	out := []api.PlanUntouched{}
+	for _, m := range view.Mounts() {
+		if ns != "" && m.GetNamespace() != ns ||
+			slices.ContainsFunc(targets, func(t *commandv1.Target) bool { return t.GetMountUuid() == m.GetUuid() }) {
+			continue
+		}
+		u := api.PlanUntouched{Mount: displayPath(m), Namespace: m.GetNamespace(), Plugin: m.GetType()}
+		switch {
+		case len(sel.GetMounts()) > 0:
+			u.Why = "it is not among the mounts named"
+		case m.GetType() != sel.GetPlugin():
+			u.Why = "it runs the plugin " + m.GetType()
+		default:
+			u.Why = "its plugin is of type " + m.GetPluginType()
+		}
+		out = append(out, u)
+	}
+	slices.SortFunc(out, func(a, b api.PlanUntouched) int { return strings.Compare(a.Namespace+a.Mount, b.Namespace+b.Mount) })
+	return out
 }

@@ -161,6 +161,8 @@ func TestAPlanTriesEveryNodeAndChangesNothing(t *testing.T) {
 	c.Register("demo", "v1.1.0")
 	c.Register("demo", "v2.0.0", "-fail-on", "node-3", "-fail", "initialize")
 	c.Enable("demo", "demo", "v1.0.0")
+	c.Register("other", "v1.0.0")
+	c.Enable("else", "other", "v1.0.0")
 	before := c.PluginProcesses()
 	for _, k := range []struct {
 		version, refuses string
@@ -171,6 +173,9 @@ func TestAPlanTriesEveryNodeAndChangesNothing(t *testing.T) {
 		}
 		if p.OK != (k.refuses == "") || len(p.Targets) != 1 || len(p.Nodes) != 3 {
 			t.Fatalf("%s: ok %v, %d targets, %d nodes", k.version, p.OK, len(p.Targets), len(p.Nodes))
+		}
+		if len(p.Untouched) != 1 || p.Untouched[0].Mount != "else/" || p.Untouched[0].Why == "" {
+			t.Errorf("%s: it says that it leaves %+v alone", k.version, p.Untouched)
 		}
 		for _, n := range p.Nodes {
 			if len(n.Mounts) != 1 || n.Mounts[0].OK != (n.Node != k.refuses) {

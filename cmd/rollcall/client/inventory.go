@@ -10,10 +10,12 @@ import (
 )
 
 func newPluginVersions(e *Env) *cobra.Command {
-	return &cobra.Command{
+	var check bool
+	c := &cobra.Command{
 		Use: "versions", Short: "Show what every node runs against what is wanted of it", Args: cobra.NoArgs,
 		Long: `Show, for every mount and node, the version that runs. "!" marks a node that does not run what is wanted of it, and
-the lines below say why.`,
+the lines below say why. With -check the exit code is 3 when any node does not, or keeps a version of its
+own after a local reload or a refusal: for scripts and alarms.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cl, err := e.client()
 			if err != nil {
@@ -24,12 +26,30 @@ the lines below say why.`,
 				return failed("reading versions", err)
 			}
 			if e.json() {
-				return e.printJSON(v)
+				err = e.printJSON(v)
+			} else {
+				e.printVersions(v)
 			}
-			e.printVersions(v)
-			return nil
+			if err == nil && check && differs(v) {
+				return quit(ExitReload)
+			}
+			return err
 		},
 	}
+	c.Flags().BoolVar(&check, "check", false, "exit with 3 when a node does not run what is wanted of it")
+	return c
+}
+
+// differs reports whether any node does not run what is wanted of it, or keeps a version of its own.
+func differs(v *api.Versions) bool {
+	for _, m := range v.Mounts {
+		for _, n := range m.Nodes {
+			if !n.Same || n.Override != "" {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (e *Env) printVersions(v *api.Versions) {
@@ -84,11 +104,21 @@ func versionCell(p *api.Process) string {
 func newPluginPlan(e *Env) *cobra.Command {
 	var in api.PlanRequest
 	c := &cobra.Command{
-		Use: "plan [flags]", Short: "Try a reload on every node without switching anything", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Use: "plan [flags] [NAME [VERSION]]", Short: "Try a reload on every node without switching anything",
+		Args: cobra.MaximumNArgs(2),
+		Long: `Try on every node what a global reload would do, without switching anything: the bytes, their sha256 and CPU, a real
+start, the handshake, the type, and the set-up on discarded storage. Every mount that it would touch is listed, and every one
+that it would not, with why. The exit code is 0 only if every node would follow, else 3.
+
+  $ rollcall plugin plan kv v2.0.0
+  $ rollcall plugin plan -mounts=kv/,team/`,
+		RunE: func(cmd *cobra.Command, args []string) error {
 			in.Mounts = splitAll(in.Mounts)
+			if err := positional(args, &in.Plugin, &in.Version); err != nil {
+				return err
+			}
 			if (in.Plugin == "") == (len(in.Mounts) == 0) {
-				return usagef("name what to try: -plugin=NAME or -mounts=PATH, not both")
+				return usagef("name what to try: NAME (or -plugin=NAME) or -mounts=PATH, not both")
 			}
 			cl, err := e.client()
 			if err != nil {
@@ -118,7 +148,40 @@ func newPluginPlan(e *Env) *cobra.Command {
 	return c
 }
 
+// positional fills what the flags -plugin and -version say from the arguments NAME and VERSION.
+func positional(args []string, into ...*string) error {
+	for i, a := range args {
+		if *into[i] != "" && *into[i] != a {
+			return usagef("%q is said as an argument and %q as a flag: leave one of them out", a, *into[i])
+		}
+		*into[i] = a
+	}
+	return nil
+}
+
+// printReach lists what a plan would touch, and what not.
+func (e *Env) printReach(p *api.Plan) {
+	t := table{head: []string{"Mount", "Reload", "From", "To", "Why"}}
+	for _, g := range p.Targets {
+		from := versionCell(&api.Process{Version: g.From.Version, SHA256: g.From.SHA256})
+		to := versionCell(&api.Process{Version: g.To.Version, SHA256: g.To.SHA256})
+		why := "-"
+		if g.From.SHA256 == g.To.SHA256 && g.From.Version == g.To.Version {
+			why = "the same version, started afresh"
+		}
+		t.add(g.Namespace+g.Mount, "yes", from, to, why)
+	}
+	for _, u := range p.Untouched {
+		t.add(u.Namespace+u.Mount, "no", "-", "-", api.Cell(u.Why))
+	}
+	if len(p.Targets)+len(p.Untouched) > 0 {
+		t.print(e.Stdout)
+		e.say("")
+	}
+}
+
 func (e *Env) printPlan(p *api.Plan) {
+	e.printReach(p)
 	if len(p.Targets) == 0 {
 		e.say("Nothing to reload: no mount matches.")
 		return

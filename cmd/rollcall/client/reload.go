@@ -164,14 +164,12 @@ also where the catalog's entry was replaced or removed since. It is a reload of 
 			if err != nil {
 				return err
 			}
-			switch len(args) {
-			case 2:
-				r.kind, r.req.Plugin = args[0], args[1]
-			case 1:
-				r.req.Plugin = args[0]
+			into := []*string{&r.kind, &r.req.Plugin}
+			if err := positional(args, into[len(into)-len(args):]...); err != nil {
+				return err
 			}
 			if r.req.Plugin == "" {
-				return usagef("name the plugin: `%s -plugin=NAME`", cmd.CommandPath())
+				return usagef("name the plugin: `%s NAME`", cmd.CommandPath())
 			}
 			kind := r.kind
 			if kind == "" {

@@ -378,7 +378,8 @@ func TestTheOtherTablesAreAligned(t *testing.T) {
 				{Node: "n3", Why: "does not answer: refused"}}},
 			{Mount: "auth/jwt/", Namespace: "team/", Plugin: "jwt", Pinned: "v3.0.0", Wanted: api.Process{SHA256: shaOld}, Nodes: []api.NodeVersion{
 				{Node: "n1", Running: &api.Process{SHA256: shaNew}}}}}}),
-		"PUT sys/plugins/plan": data(api.Plan{Targets: []api.ReloadTarget{{Mount: "kv/"}}, Nodes: []api.PlanNode{
+		"PUT sys/plugins/plan": data(api.Plan{Targets: []api.ReloadTarget{{Mount: "kv/", From: api.Spec{Version: "v1.0.0"},
+			To: api.Spec{Version: "v2.0.0"}}}, Untouched: []api.PlanUntouched{{Mount: "demo/", Why: "it runs the plugin demo"}}, Nodes: []api.PlanNode{
 			{Node: "n1", Mounts: []api.PlanMount{{Mount: "kv/", OK: true, Version: "v2.0.0", RSSBytes: 9 << 20, Timings: api.Timings{Ready: 48}}}},
 			{Node: "n2", Mounts: []api.PlanMount{{Mount: "kv/", Phase: "verify", Cause: "sha256 differs", SHA256: shaNew}}},
 			{Node: "n3", Error: "does not answer"}}}),
@@ -403,7 +404,7 @@ func TestTheOtherTablesAreAligned(t *testing.T) {
 		code int
 	}{
 		"reloads-list": {"reloads list", 0}, "reloads-show": {"reloads show r1", 0}, "reload-status": {"plugin reload-status r1", 0},
-		"versions": {"plugin versions", 0}, "plan": {"plugin plan -plugin=kv", 3}, "plugin-list": {"plugin list -detailed", 0},
+		"versions": {"plugin versions -check", 3}, "plan": {"plugin plan -plugin=kv", 3}, "plugin-list": {"plugin list -detailed", 0},
 		"secrets-list": {"secrets list -detailed", 0}, "status": {"status", 0}, "list-peers": {"operator raft list-peers", 0},
 		"autopilot": {"operator raft autopilot state", 0}, "members": {"operator members", 0}, "read-lease": {"read db/creds/x", 0},
 		"read-json": {"read -format=json db/creds/x", 0}, "login": {"write auth/x/login role=r", 0}, "login-field": {"write -field=token auth/x/login role=r", 0},

@@ -69,7 +69,7 @@ func (n *Node) openRouter() error {
 	n.router, err = router.New(router.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, State: router.StateOf(n.state.View, n.state.Changed),
 		Replica: routerReplica{n}, Peers: leaderConn{n}, MaxBody: int(n.cfg.HTTP.MaxBody),
-		LeaderOnly: n.markLeaderOnly, Leases: grants{n.leases}, Admit: n.admit,
+		LeaderOnly: n.markLeaderOnly, Broken: n.endBroken, Leases: grants{n.leases}, Admit: n.admit,
 		Logger: n.component("router"), Registerer: n.reg,
 	})
 	if err != nil {
@@ -361,6 +361,25 @@ func (n *Node) handOver(ctx context.Context) error {
 		case <-changed:
 		case <-ctx.Done():
 			return fault.As(fault.Unavailable, context.Cause(ctx), "wait for", "another leader")
+		}
+	}
+}
+
+// endBroken ends the process of an instance that cannot be set up again after it lost track of its storage: only a new
+// one helps, and node/reload starts it as after a crash.
+func (n *Node) endBroken(mountUUID string, err error) {
+	for _, s := range n.reloads.Running() {
+		if s.MountUUID != mountUUID || s.PID == 0 {
+			continue
+		}
+		for _, p := range n.supervisor.Processes() {
+			if p.Pid() == s.PID {
+				n.log.Warn("end a plugin that cannot be set up again; a new process takes its place", "mount_uuid", mountUUID,
+					"pid", s.PID, "error", err)
+				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+				_ = p.Close(ctx) // its own watchdog kills it
+				cancel()
+			}
 		}
 	}
 }

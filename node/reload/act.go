@@ -281,7 +281,7 @@ func (l *mountLoop) failed(
 		// Committed means that the old generation must not go on for ever. What fails outside the gate may pass, so it
 		// went on for a while; now the mount answers 503 until the new one works.
 		l.doubtful = true
-		l.r.cfg.Routes.Suspend(l.uuid, fault.As(fault.Unavailable, err, "switch", l.mount.GetPath()))
+		l.r.cfg.Routes.Fail(l.uuid, fault.As(fault.Unavailable, err, "switch", l.mount.GetPath()))
 	}
 	return pause
 }

@@ -414,6 +414,8 @@ func (r *fakeRoutes) Assume(ctx context.Context, uuid string, role Role) error {
 	return nil
 }
 
+func (r *fakeRoutes) Fail(uuid string, why error) { r.Suspend(uuid, why) }
+
 func (r *fakeRoutes) Suspend(uuid string, why error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -132,6 +132,9 @@ type Routes interface {
 	Assume(ctx context.Context, mountUUID string, role Role) error
 	// Suspend says that the process behind the gate has ended.
 	Suspend(mountUUID string, why error)
+	// Fail says that the instance behind the gate must not answer any more, though its process lives: requests fail at
+	// once until the next Switch.
+	Fail(mountUUID string, why error)
 	// Drop ends the route for good and returns when no request is left on it.
 	Drop(ctx context.Context, mountUUID string) error
 	// Relabel makes the same instance serve a new generation.

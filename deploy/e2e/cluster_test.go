@@ -100,9 +100,11 @@ func newCluster(t testing.TB, opt options) *cluster {
 	c.token = strings.TrimSpace(string(token))
 	ports := freePorts(t, 3*opt.nodes)
 	for i, name := range names {
-		s := &server{c: c, name: name, dir: c.path(name), data: c.path(name, "data"), plugins: c.path("plugins"),
+		s := &server{
+			c: c, name: name, dir: c.path(name), data: c.path(name, "data"), plugins: c.path("plugins"),
 			config: c.path(name, "config.json"), logFile: c.path(name, "log"),
-			sockets: fmt.Sprintf("s%d", i+1), http: addr(ports[3*i]), peer: addr(ports[3*i+1]), gossip: addr(ports[3*i+2])}
+			sockets: fmt.Sprintf("s%d", i+1), http: addr(ports[3*i]), peer: addr(ports[3*i+1]), gossip: addr(ports[3*i+2]),
+		}
 		if opt.ownPlugins {
 			s.plugins = c.path(name, "plugins")
 		}
@@ -174,8 +176,10 @@ func (s *server) configure(founder bool) {
 		"name": s.name, "data_dir": s.data, "plugin_dir": s.plugins, "socket_dir": c.path(s.sockets),
 		"retry_join": join,
 		"join":       map[string]any{"interval": "200ms", "max_interval": "1s"},
-		"cluster": map[string]any{"listen": s.peer, "ca_file": c.path("tls", "ca.pem"),
-			"cert_file": c.path("tls", s.name+".pem"), "key_file": c.path("tls", s.name+"-key.pem")},
+		"cluster": map[string]any{
+			"listen": s.peer, "ca_file": c.path("tls", "ca.pem"),
+			"cert_file": c.path("tls", s.name+".pem"), "key_file": c.path("tls", s.name+"-key.pem"),
+		},
 		"gossip": map[string]any{"listen": s.gossip, "key_file": c.path("tls", "gossip.key")},
 		"http":   map[string]any{"listen": s.http},
 	}
@@ -360,7 +364,7 @@ func (c *cluster) suspicious(s *server) {
 	if err != nil {
 		return // it was never started
 	}
-	for _, line := range strings.Split(string(raw), "\n") {
+	for line := range strings.SplitSeq(string(raw), "\n") {
 		for _, word := range []string{"DATA RACE", "panic:", "fatal error:", "goroutine 1 ["} {
 			if strings.Contains(line, word) {
 				c.t.Errorf("%s logged: %s", s.name, line)

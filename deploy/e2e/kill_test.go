@@ -22,8 +22,10 @@ func TestKillMidReloadLeavesTheLivingOnTheWantedGeneration(t *testing.T) {
 	c := newCluster(t, options{})
 	c.mountKV(kvOld)
 	// Requests fail while there is no leader, and those in flight on the dead node: what counts is what is lost.
-	l := startLoad(c, loadOptions{mount: "kv", writers: 4, hot: 2, readers: 3, pace: 20 * time.Millisecond,
-		readPace: 50 * time.Millisecond, excused: func(*server) bool { return true }})
+	l := startLoad(c, loadOptions{
+		mount: "kv", writers: 4, hot: 2, readers: 3, pace: 20 * time.Millisecond,
+		readPace: 50 * time.Millisecond, excused: func(*server) bool { return true },
+	})
 	version := kvOld
 	for _, victim := range []string{"leader", "follower"} {
 		for _, moment := range moments {

@@ -276,9 +276,11 @@ func TestTheSecondNodeOfANameIsRefusedAtTheDoor(t *testing.T) {
 	c.mountDemo()
 	first := c.nodes[1]
 	ports := freePorts(t, 3)
-	twin := &server{c: c, name: first.name, dir: c.path("twin"), data: c.path("twin", "data"), plugins: first.plugins,
+	twin := &server{
+		c: c, name: first.name, dir: c.path("twin"), data: c.path("twin", "data"), plugins: first.plugins,
 		config: c.path("twin", "config.json"), logFile: c.path("twin", "log"), sockets: "t",
-		http: addr(ports[0]), peer: addr(ports[1]), gossip: addr(ports[2])}
+		http: addr(ports[0]), peer: addr(ports[1]), gossip: addr(ports[2]),
+	}
 	if err := os.MkdirAll(twin.data, 0o700); err != nil {
 		t.Fatal(err)
 	}

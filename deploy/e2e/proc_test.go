@@ -43,7 +43,7 @@ func plugins(root string) []process {
 			continue
 		}
 		p := process{pid: pid}
-		for _, v := range strings.Split(string(env), "\x00") {
+		for v := range strings.SplitSeq(string(env), "\x00") {
 			if name, ok := strings.CutPrefix(v, "ROLLCALL_NODE="); ok {
 				p.node = name
 			}

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -21,7 +22,6 @@ type badVersion struct {
 	args                   []string
 	sha                    string   // "" for the command's own
 	nodes                  []string // that refuse it; nil for all
-	phase                  string   // that it fails in
 	words                  []string // that the cause must hold, each
 }
 
@@ -30,9 +30,7 @@ type badVersion struct {
 // nodes that refuse keep the old version.
 func TestARefusedReloadSaysWhereAndWhyAndTheOldVersionServesOn(t *testing.T) {
 	config := map[string]any{"plugins.start_timeout": "3s"}
-	for k, v := range patient {
-		config[k] = v
-	}
+	maps.Copy(config, patient)
 	c := newCluster(t, options{config: config, plugins: []string{demoName}})
 	demo := sum(t, filepath.Join(c.nodes[0].plugins, demoName))
 	c.register("demo", "v1.0.0", demoName, demo, "demo-plugin", "-version", "v1.0.0")
@@ -40,12 +38,18 @@ func TestARefusedReloadSaysWhereAndWhyAndTheOldVersionServesOn(t *testing.T) {
 
 	none := strings.Repeat("ab", 32)
 	bad := []badVersion{
-		{name: "exits at once", version: "v1.1.0", args: []string{"-fail", "exit", "-fail-on", "node-2"}, nodes: []string{"node-2"},
-			words: []string{"exited with status 3", "told to fail at its start"}},
-		{name: "hangs before the handshake", version: "v1.2.0", args: []string{"-fail", "hang", "-fail-on", "node-2"},
-			nodes: []string{"node-2"}, words: []string{"3s"}},
-		{name: "fails in Setup", version: "v1.3.0", args: []string{"-fail", "setup", "-fail-on", "node-2"}, nodes: []string{"node-2"},
-			words: []string{"told to fail in Setup"}},
+		{
+			name: "exits at once", version: "v1.1.0", args: []string{"-fail", "exit", "-fail-on", "node-2"}, nodes: []string{"node-2"},
+			words: []string{"exited with status 3", "told to fail at its start"},
+		},
+		{
+			name: "hangs before the handshake", version: "v1.2.0", args: []string{"-fail", "hang", "-fail-on", "node-2"},
+			nodes: []string{"node-2"}, words: []string{"3s"},
+		},
+		{
+			name: "fails in Setup", version: "v1.3.0", args: []string{"-fail", "setup", "-fail-on", "node-2"}, nodes: []string{"node-2"},
+			words: []string{"told to fail in Setup"},
+		},
 		{name: "is for another CPU", version: "v1.4.0", command: foreignName, words: []string{"built for another machine", foreignMachine}},
 		// The file is not there yet when the version is entered: there is nothing to hold its sha256 against.
 		{name: "has another sha256", version: "v1.5.0", command: "late", sha: none, words: []string{none, demo}},

@@ -2,6 +2,7 @@ package httpd
 
 import (
 	"encoding/json"
+	"maps"
 	"net/http"
 
 	"rollcall/node/api"
@@ -99,9 +100,8 @@ func envelope(id string, doubled bool, rep *reply) any {
 	if json.Unmarshal(raw, &outer) != nil {
 		return env
 	}
-	for k, v := range outer { // the envelope's own keys win
-		top[k] = v
-	}
+	// the envelope's own keys win
+	maps.Copy(top, outer)
 	return top
 }
 

@@ -76,9 +76,11 @@ func (s *Server) EndStreams() {
 }
 
 func (s *Server) eventRoutes() []*route {
-	return []*route{{pattern: "sys/events", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.events},
+	return []*route{{
+		pattern: "sys/events", ours: true, anyNode: true, ops: map[operation]handler{opRead: s.events},
 		summary: "What changes, as server-sent events: reloads, mounts, nodes, the leader. reload_id follows one reload. " +
-			"Last-Event-ID resumes, through any node."}}
+			"Last-Event-ID resumes, through any node.",
+	}}
 }
 
 // events answers with a stream. Nothing is buffered: each look at the state is held against the one before, so a slow
@@ -280,8 +282,10 @@ func (f *follower) reloadEvent(view *fsm.View, r *commandv1.Reload) api.Event {
 	for _, c := range news.Changed {
 		said = append(said, strings.TrimSpace(fmt.Sprintf("%s %s %s %s", c.Node, c.Mount, cmpText(c.Verdict, c.State), c.Cause)))
 	}
-	return api.Event{Type: "reload", ReloadID: r.GetId(), Index: r.GetModifyIndex(), Text: api.Cell(strings.Join(said, "; ")),
-		Data: marshal(news)}
+	return api.Event{
+		Type: "reload", ReloadID: r.GetId(), Index: r.GetModifyIndex(), Text: api.Cell(strings.Join(said, "; ")),
+		Data: marshal(news),
+	}
 }
 
 // changesOf lists what is not as it was before of the nodes' parts of a reload.
@@ -346,7 +350,8 @@ func (f *follower) mountEvents(view *fsm.View, add func(api.Event)) {
 func (f *follower) mountEvent(m *commandv1.Mount) api.Event {
 	return api.Event{Type: "mount", Mount: m.GetNamespace() + displayPath(m), Data: marshal(map[string]any{
 		"accessor": m.GetAccessor(), "plugin": m.GetType(), "version": m.GetWanted().GetSpec().GetVersion(),
-		"generation": m.GetWanted().GetGeneration()})}
+		"generation": m.GetWanted().GetGeneration(),
+	})}
 }
 
 // nodeEvents tell of nodes that said hello, were fenced or left, and of another leader as this node sees it.
@@ -358,8 +363,10 @@ func (f *follower) nodeEvents(view *fsm.View, add func(api.Event)) {
 				continue
 			}
 		}
-		e := api.Event{Type: "node", Node: n.GetName(), Data: marshal(map[string]any{"node_id": n.GetId(),
-			"incarnation": n.GetIncarnation(), "left": n.GetLeft()})}
+		e := api.Event{Type: "node", Node: n.GetName(), Data: marshal(map[string]any{
+			"node_id":     n.GetId(),
+			"incarnation": n.GetIncarnation(), "left": n.GetLeft(),
+		})}
 		if n.GetHelloIndex() > old.GetHelloIndex() {
 			e.Text, e.Index = fmt.Sprintf("started (incarnation %d)", n.GetIncarnation()), n.GetHelloIndex()
 			add(e)
@@ -375,8 +382,10 @@ func (f *follower) nodeEvents(view *fsm.View, add func(api.Event)) {
 	}
 	if name := f.s.Cluster.Status().LeaderName; name != f.leader && name != "" && view.Index() > f.last {
 		f.leader = name
-		add(api.Event{Type: "leader", Node: name, Text: "leads", Index: view.Index(),
-			Data: marshal(map[string]any{"term": view.Term()})})
+		add(api.Event{
+			Type: "leader", Node: name, Text: "leads", Index: view.Index(),
+			Data: marshal(map[string]any{"term": view.Term()}),
+		})
 	}
 }
 

@@ -107,7 +107,7 @@ func document(routes []*route, version string) map[string]any {
 			item["x-vault-unauthenticated"] = true
 		}
 		var params []any
-		for _, seg := range strings.Split(r.pattern, "/") {
+		for seg := range strings.SplitSeq(r.pattern, "/") {
 			if name, ok := strings.CutPrefix(seg, "{"); ok {
 				name = strings.TrimSuffix(strings.TrimSuffix(name, "}"), "...")
 				params = append(params, map[string]any{"name": name, "in": "path", "required": true, "schema": map[string]any{"type": "string"}})
@@ -138,6 +138,7 @@ func document(routes []*route, version string) map[string]any {
 					kind = "application/octet-stream"
 				}
 				entry["requestBody"] = map[string]any{"content": map[string]any{kind: map[string]any{"schema": map[string]any{"type": "object"}}}}
+			default: // no parameters, no body
 			}
 			item[method] = entry
 		}

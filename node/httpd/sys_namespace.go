@@ -3,6 +3,7 @@ package httpd
 import (
 	"crypto/rand"
 	"encoding/json"
+	"maps"
 	"strings"
 	"time"
 
@@ -96,9 +97,7 @@ func (s *Server) patchNamespace(q *request) (*reply, error) {
 		return nil, &fault.Error{Kind: fault.NotFound}
 	}
 	meta := map[string]string{}
-	for k, v := range old.GetCustomMetadata() {
-		meta[k] = v
-	}
+	maps.Copy(meta, old.GetCustomMetadata())
 	patch := q.body.object("custom_metadata")
 	for k, raw := range patch.raw {
 		if string(raw) == "null" {

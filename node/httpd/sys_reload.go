@@ -260,11 +260,11 @@ func (s *Server) startReload(q *request, start *commandv1.StartReload) (*reply, 
 		}
 		return nil, cmpErr(err, fault.Text(fault.Invalid, "the reload %s has not ended yet: ask sys/reloads/%s", res.GetId(), res.GetId()))
 	}
-	return s.concluded(q, rep, r)
+	return s.concluded(rep, r)
 }
 
 // concluded turns an ended reload into the answer of a caller that waited.
-func (s *Server) concluded(q *request, rep *reply, r *commandv1.Reload) (*reply, error) {
+func (s *Server) concluded(rep *reply, r *commandv1.Reload) (*reply, error) {
 	rep.status = http.StatusOK
 	rec := s.reloadRecord(s.State.View(), r)
 	if rec.Outcome == "succeeded" || rec.Outcome == "nothing to do" {

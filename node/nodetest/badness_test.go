@@ -24,8 +24,10 @@ func TestOneBadNodeOfThreeOrFiveIsNamedAndNobodySwitches(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				from, named := time.Now(), time.Duration(0)
-				resp, _, err := c.Client(i%nodes).Reload(ctx, "", api.ReloadRequest{Plugin: "demo", Scope: "global", Version: version,
-					Prepare: "4s"})
+				resp, _, err := c.Client(i%nodes).Reload(ctx, "", api.ReloadRequest{
+					Plugin: "demo", Scope: "global", Version: version,
+					Prepare: "4s",
+				})
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -147,7 +147,8 @@ func TestEventsRefuseAnIDThatHasNotBeenAndAReloadThatIsNotThere(t *testing.T) {
 		path, last string
 		status     int
 	}{
-		{"sys/events", "999999", http.StatusBadRequest}, {"sys/events", "x", http.StatusBadRequest},
+		{"sys/events", "999999", http.StatusBadRequest},
+		{"sys/events", "x", http.StatusBadRequest},
 		{"sys/events?reload_id=none", "", http.StatusNotFound},
 	} {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, c.Node(0).APIAddress()+"/v1/"+k.path, http.NoBody)

@@ -73,7 +73,7 @@ func TestANodeThatIsCutOffStopsAnsweringAndReturnsWithTheNewGeneration(t *testin
 	c.Eventually(15*time.Second, "503 from the node that is cut off", func() error {
 		a, err := c.get(off, "demo/info")
 		if err != nil || a.status != http.StatusServiceUnavailable {
-			return fmt.Errorf("%v, %d %s", err, a.status, a.body)
+			return fmt.Errorf("%w, %d %s", err, a.status, a.body)
 		}
 		return nil
 	})
@@ -121,7 +121,7 @@ func TestANodeThatIsCutOffStopsAnsweringAndReturnsWithTheNewGeneration(t *testin
 	c.Eventually(20*time.Second, "the late verdict", func() error {
 		rec, err := c.Client(up).ReloadRecord(t.Context(), rec.ID, 0, 0)
 		if err != nil || verdicts(rec)[c.Node(off).Name()] != api.VerdictConvergedLate || rec.Outcome != api.OutcomeSucceeded {
-			return fmt.Errorf("%v %+v", err, rec)
+			return fmt.Errorf("%w %+v", err, rec)
 		}
 		return nil
 	})
@@ -145,8 +145,10 @@ func TestALeaderThatIsCutOffInAnyPhaseLeavesOneOutcomeOnEveryNode(t *testing.T) 
 			up := (leader + 1) % 3
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
-			resp, _, err := c.Client(up).Reload(ctx, "", api.ReloadRequest{Plugin: "demo", Scope: "global", Version: "v1.1.0",
-				ReloadID: "cut", Deadline: "30s"})
+			resp, _, err := c.Client(up).Reload(ctx, "", api.ReloadRequest{
+				Plugin: "demo", Scope: "global", Version: "v1.1.0",
+				ReloadID: "cut", Deadline: "30s",
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -184,7 +186,7 @@ func TestALeaderThatIsCutOffInAnyPhaseLeavesOneOutcomeOnEveryNode(t *testing.T) 
 					got, err := c.Client(i).ReloadRecord(ctx, resp.ReloadID, 0, 0)
 					if err != nil || !api.Ended(got.Phase) || got.DecidedIndex != rec.DecidedIndex ||
 						rec.DecidedIndex != 0 && got.Outcome != api.OutcomeSucceeded {
-						return fmt.Errorf("node %d: %v %+v", i, err, got)
+						return fmt.Errorf("node %d: %w %+v", i, err, got)
 					}
 				}
 				return nil

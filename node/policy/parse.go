@@ -119,6 +119,7 @@ func checkTokens(text string) error {
 		case hclsyntax.TokenTemplateInterp, hclsyntax.TokenTemplateControl:
 			return broken("line %d: %q begins a template, and nothing in a policy is computed; write $${ for the characters",
 				t.Range.Start.Line, t.Bytes)
+		default: // a literal, or the parser's business
 		}
 		switch {
 		case depth > maxNesting:
@@ -213,7 +214,7 @@ func checkPattern(text string) error {
 			return broken("path %q holds a control character", text)
 		}
 	}
-	for _, s := range strings.Split(text, "/") {
+	for s := range strings.SplitSeq(text, "/") {
 		if s == "." || s == ".." {
 			return broken("path %q: no request has a segment %q, so it would never match", text, s)
 		}

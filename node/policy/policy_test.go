@@ -2,6 +2,7 @@ package policy
 
 import (
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -361,7 +362,7 @@ func TestATokenIsKnownUntilItsTimeIsOver(t *testing.T) {
 		if (err == nil) != c.want {
 			t.Errorf("%+v: %v", c, err)
 		}
-		if err != nil && err != error(ErrDenied) {
+		if err != nil && !errors.Is(err, error(ErrDenied)) {
 			t.Errorf("%+v: an error of its own tells more than it should: %v", c, err)
 		}
 	}

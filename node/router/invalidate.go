@@ -348,7 +348,7 @@ func (rt *route) mendOnce(p repair) error {
 		if !p.in.leader || m.GetEpochGeneration() == p.in.generation() && rt.unbroken(m, p.in) {
 			return nil
 		}
-		if _, ok := p.in.store.owns(); !ok {
+		if !p.in.store.owns() {
 			return rt.renew(ctx, m, p.in, p.in.role())
 		}
 		return rt.restamp(ctx, m, p.in, p.in.role())

@@ -138,7 +138,7 @@ func (rt *route) reopen(in *instance) {
 		rt.gate.set(away, in.life.why, nil, nil)
 		return
 	}
-	if _, ok := in.store.owns(); ok {
+	if in.store.owns() {
 		rt.gate.set(open, nil, in, in)
 		return
 	}

@@ -189,7 +189,8 @@ func (s *store) Put(ctx context.Context, e *supervisor.Entry) error {
 		return fault.Text(fault.Invalid, "there is no storage entry to write")
 	}
 	if len(e.Value) > maxValue {
-		return fault.Text(fault.TooLarge, "put %q: a value of %d bytes is larger than %d bytes, the limit for one storage entry",
+		// The words are those of Vault's and OpenBao's storage: types do not survive the way through the plugin.
+		return fault.Text(fault.TooLarge, "put failed due to value being too large: %q has %d bytes, and %d is the limit for one storage entry",
 			e.Key, len(e.Value), maxValue)
 	}
 	return s.do(ctx, &commandv1.StorageOp{Key: e.Key, Value: e.Value, SealWrap: e.SealWrap})
@@ -352,11 +353,11 @@ func (s *store) retire() {
 	s.become(retired)
 }
 
-// owns answers the epoch and term under which the store writes; false when it does not.
-func (s *store) owns() (term uint64, ok bool) {
+// owns reports whether the store writes under an epoch of its own.
+func (s *store) owns() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.term, s.phase == live
+	return s.phase == live
 }
 
 // raise lifts a to at least v.

@@ -19,6 +19,10 @@ import (
 // the text.
 const readOnlyText = "cannot write to readonly storage"
 
+// tooLargeText is how Vault's and OpenBao's storage refuses a value, and what both servers answer with 413 when a plugin
+// hands it on. As any other error of a plugin it would be a 500, which clients send again.
+const tooLargeText = "put failed due to value being too large"
+
 // The error types of pluginpb.ProtoError, as both SDKs number them.
 const (
 	errUser = iota + 1
@@ -57,8 +61,11 @@ func pluginError(e *pluginpb.ProtoError) error {
 		f.Code = int(e.GetErrCode())
 		f.Kind = codedKind(f.Code)
 	default:
-		if strings.Contains(text, readOnlyText) {
+		switch {
+		case strings.Contains(text, readOnlyText):
 			f.Kind = fault.ReadOnly
+		case strings.Contains(text, tooLargeText):
+			f.Kind = fault.TooLarge
 		}
 	}
 	return f

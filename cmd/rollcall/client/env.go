@@ -85,8 +85,11 @@ func (e *Env) config() (api.Config, error) {
 		flag string
 		to   *string
 	}{
-		{c.namespace, &cfg.Namespace}, {c.caCert, &cfg.CACert}, {c.clientCert, &cfg.ClientCert},
-		{c.clientKey, &cfg.ClientKey}, {c.serverName, &cfg.ServerName},
+		{c.namespace, &cfg.Namespace},
+		{c.caCert, &cfg.CACert},
+		{c.clientCert, &cfg.ClientCert},
+		{c.clientKey, &cfg.ClientKey},
+		{c.serverName, &cfg.ServerName},
 	} {
 		if o.flag != "" {
 			*o.to = o.flag

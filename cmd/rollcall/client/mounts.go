@@ -122,8 +122,10 @@ func (v mountVerbs) enable() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			in := api.MountInput{Type: kind, Description: m.description, Config: &m.config, Options: m.setOptions,
-				Local: local, SealWrap: sealWrap}
+			in := api.MountInput{
+				Type: kind, Description: m.description, Config: &m.config, Options: m.setOptions,
+				Local: local, SealWrap: sealWrap,
+			}
 			if err := cl.Enable(cmd.Context(), v.table, at, in); err != nil {
 				return failed("enabling "+v.noun, err)
 			}
@@ -189,8 +191,10 @@ func (v mountVerbs) list() *cobra.Command {
 			}
 			t := table{head: []string{"Path", "Type", "Accessor", "Description", "Version"}}
 			if detailed {
-				t.head = []string{"Path", "Plugin", "Accessor", "Default TTL", "Max TTL", "Options", "Description",
-					"UUID", "Version", "Running Version", "Running SHA256", "Generation"}
+				t.head = []string{
+					"Path", "Plugin", "Accessor", "Default TTL", "Max TTL", "Options", "Description",
+					"UUID", "Version", "Running Version", "Running SHA256", "Generation",
+				}
 			}
 			for _, p := range sortedKeys(mounts) {
 				m := mounts[p]

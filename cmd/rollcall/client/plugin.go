@@ -169,8 +169,13 @@ func newPluginInfo(e *Env) *cobra.Command {
 				return failed("reading plugin named "+name, err)
 			}
 			pairs := [][2]string{
-				{"args", fmt.Sprint(p.Args)}, {"builtin", fmt.Sprint(p.Builtin)}, {"command", p.Command}, {"name", p.Name},
-				{"sha256", p.SHA256}, {"type", p.Type}, {"version", p.Version},
+				{"args", fmt.Sprint(p.Args)},
+				{"builtin", fmt.Sprint(p.Builtin)},
+				{"command", p.Command},
+				{"name", p.Name},
+				{"sha256", p.SHA256},
+				{"type", p.Type},
+				{"version", p.Version},
 			}
 			if field != "" {
 				for _, kv := range pairs {

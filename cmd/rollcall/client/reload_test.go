@@ -83,8 +83,10 @@ func aborted() *api.Reload {
 	r := reloadOf()
 	prepared(r, 0, 2)
 	r.Nodes[1].State = api.NodeRefused
-	r.Nodes[1].Mounts[0] = api.ReloadMount{Mount: "kv/", Verdict: api.VerdictRefused, Phase: "initialize", At: "2026-03-01T12:00:00.190Z",
-		Cause: "exec | format error:\nwrong ELF machine", From: &api.Process{Version: "v1.0.0", SHA256: shaOld}}
+	r.Nodes[1].Mounts[0] = api.ReloadMount{
+		Mount: "kv/", Verdict: api.VerdictRefused, Phase: "initialize", At: "2026-03-01T12:00:00.190Z",
+		Cause: "exec | format error:\nwrong ELF machine", From: &api.Process{Version: "v1.0.0", SHA256: shaOld},
+	}
 	r.Answered, r.Pending = []string{"n2"}, []string{"n1", "n3"}
 	end(r, api.PhaseAborted, api.OutcomeAborted)
 	r.Why = "n2 refused"
@@ -106,8 +108,10 @@ func bestEffort() *api.Reload {
 	r.Strategy = "best-effort"
 	r.Targets = append(r.Targets, api.ReloadTarget{Mount: "auth/long-name/", Namespace: "team/", From: r.Targets[0].From, To: r.Targets[0].To})
 	r.Nodes[1].State = api.NodeRefused
-	r.Nodes[1].Mounts = append(r.Nodes[1].Mounts, api.ReloadMount{Mount: "auth/long-name/", Namespace: "team/", Verdict: api.VerdictRefused,
-		Phase: "start", Cause: "no such file"})
+	r.Nodes[1].Mounts = append(r.Nodes[1].Mounts, api.ReloadMount{
+		Mount: "auth/long-name/", Namespace: "team/", Verdict: api.VerdictRefused,
+		Phase: "start", Cause: "no such file",
+	})
 	return r
 }
 
@@ -125,8 +129,10 @@ func canary() *api.Reload {
 	commit(r)
 	switched(r, 0)
 	r.Nodes[1].State, r.Nodes[2].State, r.Nodes[2].Wave, r.Nodes[1].Wave = api.NodePending, api.NodePending, 1, 1
-	r.Waves = []api.ReloadWave{{Number: 0, Nodes: []string{"n1"}, CommittedIndex: 42, Baking: true, Gate: &api.Gate{Verdict: "inconclusive", Why: "3 writes of 20"}},
-		{Number: 1, Nodes: []string{"n2", "n3"}}}
+	r.Waves = []api.ReloadWave{
+		{Number: 0, Nodes: []string{"n1"}, CommittedIndex: 42, Baking: true, Gate: &api.Gate{Verdict: "inconclusive", Why: "3 writes of 20"}},
+		{Number: 1, Nodes: []string{"n2", "n3"}},
+	}
 	return r
 }
 
@@ -337,7 +343,9 @@ func TestWhatDidNotGoThroughExitsWithItsCodeAndSaysWhatIsNext(t *testing.T) {
 		code int
 		says string
 	}{
-		{aborted(), 3, "Nothing changed on any node"}, {partly(), 4, "when they return"}, {bestEffort(), 3, "rollcall plugin rollback"},
+		{aborted(), 3, "Nothing changed on any node"},
+		{partly(), 4, "when they return"},
+		{bestEffort(), 3, "rollcall plugin rollback"},
 		{nothing(), 3, "rollcall plugin versions"},
 	} {
 		cl := &cluster{steps: []*api.Reload{c.r}}
@@ -368,34 +376,52 @@ func TestTheOtherTablesAreAligned(t *testing.T) {
 	f := newFake(t, map[string]string{
 		"GET sys/reloads":    data(api.ReloadList{Keys: []string{"r1", "a-longer-id"}, Reloads: two}),
 		"GET sys/reloads/r1": data(canary()),
-		"GET sys/plugins/reload/backend/status?reload_id=r1": data(api.ReloadStatus{ReloadID: "r1", State: "done", Outcome: "partial",
+		"GET sys/plugins/reload/backend/status?reload_id=r1": data(api.ReloadStatus{
+			ReloadID: "r1", State: "done", Outcome: "partial",
 			Expected: []string{"n1", "n2", "n3"}, Answered: []string{"n1", "n2"}, Pending: []string{"n3"}, Results: map[string]api.NodeResult{
-				"n2": {Timestamp: "2026-03-01T12:00:00.2Z", Error: "kv/ refused (start): no such file"}, "n1": {Timestamp: "2026-03-01T12:00:01Z"}}}),
+				"n2": {Timestamp: "2026-03-01T12:00:00.2Z", Error: "kv/ refused (start): no such file"}, "n1": {Timestamp: "2026-03-01T12:00:01Z"},
+			},
+		}),
 		"GET sys/plugins/versions": data(api.Versions{Nodes: []string{"n1", "n2", "n3"}, Mounts: []api.MountVersions{
 			{Mount: "kv/", Plugin: "kv", Configured: "v2.0.0", Wanted: api.Process{Version: "v2.0.0"}, Nodes: []api.NodeVersion{
 				{Node: "n1", Same: true, Running: &api.Process{Version: "v2.0.0"}},
 				{Node: "n2", Same: true, Override: "local", Running: &api.Process{Version: "v1.0.0"}, Why: "reloaded on this node alone"},
-				{Node: "n3", Why: "does not answer: refused"}}},
+				{Node: "n3", Why: "does not answer: refused"},
+			}},
 			{Mount: "auth/jwt/", Namespace: "team/", Plugin: "jwt", Pinned: "v3.0.0", Wanted: api.Process{SHA256: shaOld}, Nodes: []api.NodeVersion{
-				{Node: "n1", Running: &api.Process{SHA256: shaNew}}}}}}),
-		"PUT sys/plugins/plan": data(api.Plan{Targets: []api.ReloadTarget{{Mount: "kv/", From: api.Spec{Version: "v1.0.0"},
-			To: api.Spec{Version: "v2.0.0"}}}, Untouched: []api.PlanUntouched{{Mount: "demo/", Why: "it runs the plugin demo"}}, Nodes: []api.PlanNode{
+				{Node: "n1", Running: &api.Process{SHA256: shaNew}},
+			}},
+		}}),
+		"PUT sys/plugins/plan": data(api.Plan{Targets: []api.ReloadTarget{{
+			Mount: "kv/", From: api.Spec{Version: "v1.0.0"},
+			To: api.Spec{Version: "v2.0.0"},
+		}}, Untouched: []api.PlanUntouched{{Mount: "demo/", Why: "it runs the plugin demo"}}, Nodes: []api.PlanNode{
 			{Node: "n1", Mounts: []api.PlanMount{{Mount: "kv/", OK: true, Version: "v2.0.0", RSSBytes: 9 << 20, Timings: api.Timings{Ready: 48}}}},
 			{Node: "n2", Mounts: []api.PlanMount{{Mount: "kv/", Phase: "verify", Cause: "sha256 differs", SHA256: shaNew}}},
-			{Node: "n3", Error: "does not answer"}}}),
-		"GET sys/plugins/catalog": data(api.Catalog{Detailed: []api.CatalogDetail{{Type: "auth", Name: "jwt", SHA256: shaOld},
-			{Type: "secret", Name: "kv", Version: "v1.0.0", SHA256: shaNew}}}),
-		"GET sys/mounts": data(map[string]api.Mount{"kv/": {Type: "kv", Accessor: "kv_1234abcd", PluginVersion: "v2.0.0", RunningPluginVersion: "v1.0.0",
-			RunningSHA256: shaOld, UUID: "u", Generation: 42, Options: map[string]string{"version": "2"}, Config: api.MountConfig{MaxLeaseTTL: 3600}}}),
+			{Node: "n3", Error: "does not answer"},
+		}}),
+		"GET sys/plugins/catalog": data(api.Catalog{Detailed: []api.CatalogDetail{
+			{Type: "auth", Name: "jwt", SHA256: shaOld},
+			{Type: "secret", Name: "kv", Version: "v1.0.0", SHA256: shaNew},
+		}}),
+		"GET sys/mounts": data(map[string]api.Mount{"kv/": {
+			Type: "kv", Accessor: "kv_1234abcd", PluginVersion: "v2.0.0", RunningPluginVersion: "v1.0.0",
+			RunningSHA256: shaOld, UUID: "u", Generation: 42, Options: map[string]string{"version": "2"}, Config: api.MountConfig{MaxLeaseTTL: 3600},
+		}}),
 		"GET sys/seal-status":                              `200 {"type":"none","initialized":true,"version":"1.2.3","storage_type":"raft","cluster_name":"c","cluster_id":"i"}`,
 		"GET sys/health?perfstandbyok=true&standbyok=true": `200 {"initialized":true,"node":"n1","standby":true}`,
 		"GET sys/leader":                                   `200 {"ha_enabled":true,"leader_address":"http://n2:8200","raft_committed_index":7,"raft_applied_index":6}`,
 		"GET sys/storage/raft/configuration": data(api.RaftConfiguration{Config: api.RaftConfig{Servers: []api.RaftServer{
-			{NodeID: "id-1", Name: "n1", Address: "n1:8201", Leader: true, Voter: true}, {NodeID: "id-2", Name: "n2", Address: "n2:8201"}}}}),
-		"GET sys/storage/raft/autopilot/state": data(api.AutopilotState{Healthy: true, FailureTolerance: 1, Leader: "id-1", Voters: []string{"id-1", "id-2"},
-			Servers: map[string]api.AutopilotServer{"id-1": {Name: "n1", Address: "n1:8201", Status: "leader", Healthy: true, LastContact: "0s", LastIndex: 9}}}),
-		"GET sys/members": data(api.Members{Members: []api.Member{{ID: "id-1", Name: "n1", APIAddress: "http://n1:8200", ClusterAddress: "n1:8201",
-			Version: "1.2.3", Leader: true, Self: true, Suffrage: "voter", Gossip: "alive"}, {ID: "id-2", Name: "n2", Suffrage: "nonvoter", Gossip: "failed", Fenced: true}}}),
+			{NodeID: "id-1", Name: "n1", Address: "n1:8201", Leader: true, Voter: true}, {NodeID: "id-2", Name: "n2", Address: "n2:8201"},
+		}}}),
+		"GET sys/storage/raft/autopilot/state": data(api.AutopilotState{
+			Healthy: true, FailureTolerance: 1, Leader: "id-1", Voters: []string{"id-1", "id-2"},
+			Servers: map[string]api.AutopilotServer{"id-1": {Name: "n1", Address: "n1:8201", Status: "leader", Healthy: true, LastContact: "0s", LastIndex: 9}},
+		}),
+		"GET sys/members": data(api.Members{Members: []api.Member{{
+			ID: "id-1", Name: "n1", APIAddress: "http://n1:8200", ClusterAddress: "n1:8201",
+			Version: "1.2.3", Leader: true, Self: true, Suffrage: "voter", Gossip: "alive",
+		}, {ID: "id-2", Name: "n2", Suffrage: "nonvoter", Gossip: "failed", Fenced: true}}}),
 		"GET db/creds/x":   `200 {"request_id":"r","lease_id":"db/creds/x/abc","renewable":true,"lease_duration":3600,"data":{"password":"p","n":12345678901234567890,"l":[1,"a"],"m":{"k":null}},"wrap_info":null,"warnings":["soon gone"],"auth":null}`,
 		"PUT auth/x/login": `200 {"request_id":"r","data":null,"warnings":null,"auth":{"client_token":"t","accessor":"a","policies":["default"],"lease_duration":60,"renewable":true}}`,
 	})

@@ -65,9 +65,16 @@ func (e *Env) printStatusTable(s *api.SealStatus, h *api.Health, l *api.Leader) 
 		lease = "no: " + api.Cell(h.FencedBecause)
 	}
 	pairs := [][2]string{
-		{"Seal Type", s.Type}, {"Initialized", strconv.FormatBool(s.Initialized)}, {"Sealed", strconv.FormatBool(s.Sealed)},
-		{"Version", s.Version}, {"Storage Type", s.StorageType}, {"Cluster Name", s.ClusterName}, {"Cluster ID", s.ClusterID},
-		{"HA Enabled", strconv.FormatBool(l.HAEnabled)}, {"HA Mode", mode}, {"Active Node Address", leader},
+		{"Seal Type", s.Type},
+		{"Initialized", strconv.FormatBool(s.Initialized)},
+		{"Sealed", strconv.FormatBool(s.Sealed)},
+		{"Version", s.Version},
+		{"Storage Type", s.StorageType},
+		{"Cluster Name", s.ClusterName},
+		{"Cluster ID", s.ClusterID},
+		{"HA Enabled", strconv.FormatBool(l.HAEnabled)},
+		{"HA Mode", mode},
+		{"Active Node Address", leader},
 		{"Serving", lease},
 	}
 	if h.Node != "" {

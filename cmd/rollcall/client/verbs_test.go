@@ -1,6 +1,7 @@
 package client
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -53,8 +54,10 @@ func TestEveryVerbSendsExactlyItsRequests(t *testing.T) {
 		want  string // requests, one per line
 		out   string // what standard output holds
 	}{
-		{"plugin register -sha256=ab -command=kv-v2 -version=v2.0.0 -args=--a -args=-b=1,2 -env=K=V,W secret kv", "",
-			`PUT sys/plugins/catalog/secret/kv {"sha256":"ab","version":"v2.0.0","command":"kv-v2","args":["--a","-b=1,2"],"env":["K=V,W"]}`, "Success! Registered plugin: kv\n"},
+		{
+			"plugin register -sha256=ab -command=kv-v2 -version=v2.0.0 -args=--a -args=-b=1,2 -env=K=V,W secret kv", "",
+			`PUT sys/plugins/catalog/secret/kv {"sha256":"ab","version":"v2.0.0","command":"kv-v2","args":["--a","-b=1,2"],"env":["K=V,W"]}`, "Success! Registered plugin: kv\n",
+		},
 		{"plugin register -sha256 ab auth jwt", "", `PUT sys/plugins/catalog/auth/jwt {"sha256":"ab","command":"jwt"}`, "Success! Registered plugin: jwt\n"},
 		{"plugin list", "", `GET sys/plugins/catalog`, "kv"},
 		{"plugin list secret", "", `GET sys/plugins/catalog`, "v1.0.0"},
@@ -62,19 +65,27 @@ func TestEveryVerbSendsExactlyItsRequests(t *testing.T) {
 		{"plugin info secret kv", "", `GET sys/plugins/catalog/secret/kv`, "cd"},
 		{"plugin deregister secret kv", "", `DELETE sys/plugins/catalog/secret/kv?version=`, "Success! Deregistered plugin (if it was registered): kv\n"},
 		{"plugin deregister -version v1.0.0 secret kv", "", `DELETE sys/plugins/catalog/secret/kv?version=v1.0.0`, "Success!"},
-		{"plugin reload -plugin=kv -scope=global -wait=0 -reload-id=r1", "",
-			`PUT sys/plugins/reload/unknown/kv {"scope":"global","reload_id":"r1","wait":"0"}`, "Success! Reloading plugin: kv, reload_id: r1\n"},
+		{
+			"plugin reload -plugin=kv -scope=global -wait=0 -reload-id=r1", "",
+			`PUT sys/plugins/reload/unknown/kv {"scope":"global","reload_id":"r1","wait":"0"}`, "Success! Reloading plugin: kv, reload_id: r1\n",
+		},
 		{"plugin reload -plugin=kv -type=secret -wait=0 -reload_id=r1", "", `PUT sys/plugins/reload/secret/kv {"reload_id":"r1","wait":"0"}`, "Success!"},
 		{"plugin reload -namespace=team -plugin=kv -wait=0 -reload-id=r1", "", `PUT sys/plugins/reload/backend {"plugin":"kv","reload_id":"r1","wait":"0"}`, "Success!"},
-		{"plugin reload -mounts=a/,b/ -mounts=auth/c -wait=0 -reload-id=r1", "",
-			`PUT sys/plugins/reload/backend {"mounts":["a/","b/","auth/c"],"reload_id":"r1","wait":"0"}`, "Success! Reloading mounts: [a/ b/ auth/c], reload_id: r1\n"},
-		{"plugin reload -mounts=a -scope=global -strategy=canary -waves=1,50%,100% -bake=1m -max-error-rate=1% -max-p99-increase=1.5 -min-samples=20 " +
-			"-version=v2.0.0 -trial=setup -prepare=10s -deadline=5m -queue=1m -on-switch-failure=rollback -on-drain-timeout=fence -exclude-fenced=false -wait=0 -reload-id=r1", "",
+		{
+			"plugin reload -mounts=a/,b/ -mounts=auth/c -wait=0 -reload-id=r1", "",
+			`PUT sys/plugins/reload/backend {"mounts":["a/","b/","auth/c"],"reload_id":"r1","wait":"0"}`, "Success! Reloading mounts: [a/ b/ auth/c], reload_id: r1\n",
+		},
+		{
+			"plugin reload -mounts=a -scope=global -strategy=canary -waves=1,50%,100% -bake=1m -max-error-rate=1% -max-p99-increase=1.5 -min-samples=20 " +
+				"-version=v2.0.0 -trial=setup -prepare=10s -deadline=5m -queue=1m -on-switch-failure=rollback -on-drain-timeout=fence -exclude-fenced=false -wait=0 -reload-id=r1", "",
 			`PUT sys/plugins/reload/backend {"mounts":["a"],"scope":"global","reload_id":"r1","strategy":"canary","version":"v2.0.0","trial":"setup",` +
 				`"prepare":"10s","deadline":"5m","queue":"1m","waves":["1","50%","100%"],"bake":"1m","max_error_rate":0.01,"max_p99_increase":1.5,"min_samples":20,` +
-				`"on_switch_failure":"rollback","on_drain_timeout":"fence","exclude_fenced":false,"wait":"0"}`, "Success!"},
-		{"plugin reload -mounts=a -scope=global -strategy=rolling -batch=2 -max-unavailable=1 -wait=0 -reload-id=r1", "",
-			`PUT sys/plugins/reload/backend {"mounts":["a"],"scope":"global","reload_id":"r1","strategy":"rolling","batch":2,"max_unavailable":1,"wait":"0"}`, "Success!"},
+				`"on_switch_failure":"rollback","on_drain_timeout":"fence","exclude_fenced":false,"wait":"0"}`, "Success!",
+		},
+		{
+			"plugin reload -mounts=a -scope=global -strategy=rolling -batch=2 -max-unavailable=1 -wait=0 -reload-id=r1", "",
+			`PUT sys/plugins/reload/backend {"mounts":["a"],"scope":"global","reload_id":"r1","strategy":"rolling","batch":2,"max_unavailable":1,"wait":"0"}`, "Success!",
+		},
 		{"plugin rollback -plugin=kv -wait=0 -reload-id=r2", "", `PUT sys/plugins/rollback/unknown/kv {"reload_id":"r2","wait":"0"}`, "Success!"},
 		{"plugin rollback -wait=0 -reload-id=r2 secret kv", "", `PUT sys/plugins/rollback/secret/kv {"reload_id":"r2","wait":"0"}`, "Success!"},
 		{"plugin plan -plugin=kv -version=v2.0.0 -trial=handshake", "", `PUT sys/plugins/plan {"plugin":"kv","version":"v2.0.0","trial":"handshake"}`, "could follow"},
@@ -89,32 +100,40 @@ func TestEveryVerbSendsExactlyItsRequests(t *testing.T) {
 		{"reloads resume r1", "", `PUT sys/reloads/r1/resume {}`, "resumed"},
 		{"reload promote r1", "", `PUT sys/reloads/r1/promote {}`, "promoted"},
 		{"reloads abort r1 -why nope", "", `PUT sys/reloads/r1/abort {"why":"nope"}`, "aborted"},
-		{"secrets enable -path=team/kv -version=2 -plugin-version=v1.0.0 -description=d -hold=1s -leader-only kv", "",
+		{
+			"secrets enable -path=team/kv -version=2 -plugin-version=v1.0.0 -description=d -hold=1s -leader-only kv", "",
 			`POST sys/mounts/team/kv {"type":"kv","description":"d","config":{"plugin_version":"v1.0.0","leader_only":true,"hold":"1s"},"options":{"version":"2"}}`,
-			"Success! Enabled the kv secrets engine at: team/kv/\n"},
+			"Success! Enabled the kv secrets engine at: team/kv/\n",
+		},
 		{"auth enable jwt", "", `POST sys/auth/jwt {"type":"jwt","config":{}}`, "Success! Enabled jwt auth method at: jwt/\n"},
 		{"secrets disable kv/", "", `DELETE sys/mounts/kv`, "Success! Disabled the secrets engine (if it existed) at: kv/\n"},
 		{"auth disable auth/jwt/", "", `DELETE sys/auth/jwt`, "Success! Disabled the auth method (if it existed) at: jwt/\n"},
 		{"secrets list", "", `GET sys/mounts`, "kv/"},
 		{"auth list -detailed", "", `GET sys/auth`, "jwt/"},
 		{"secrets tune -plugin-version=v2.0.0 p/", "", `POST sys/mounts/p/tune {"plugin_version":"v2.0.0"}`, "Success! Tuned the secrets engine at: p/\n"},
-		{"auth tune -description= -default-lease-ttl=30m -passthrough-request-headers=A,B jwt", "",
-			`POST sys/auth/jwt/tune {"default_lease_ttl":"30m","passthrough_request_headers":["A","B"],"description":""}`, "Success!"},
+		{
+			"auth tune -description= -default-lease-ttl=30m -passthrough-request-headers=A,B jwt", "",
+			`POST sys/auth/jwt/tune {"default_lease_ttl":"30m","passthrough_request_headers":["A","B"],"description":""}`, "Success!",
+		},
 		{"secrets move a/ b", "", "POST sys/remount {\"from\":\"a\",\"to\":\"b\"}\nGET sys/remount/status/m1", "Success! Finished moving secrets engine a/ to b/, with migration ID m1\n"},
 		{"auth move a auth/b", "", "POST sys/remount {\"from\":\"auth/a\",\"to\":\"auth/b\"}\nGET sys/remount/status/m1", "Success!"},
 		{"read kv/x version=2", "", `GET kv/x?version=2`, "a      b"},
 		{"read -field=a kv/x version=2", "", `GET kv/x?version=2`, "b"},
 		{"list kv/", "", `GET kv?list=true`, "y/"},
-		{"write kv/x a=1 b=@" + file + " c=- d=\\@lit e=x=y l=1 l=2", "piped",
-			`PUT kv/x {"a":"1","b":"from file","c":"piped","d":"@lit","e":"x=y","l":["1","2"]}`, "Success! Data written to: kv/x\n"},
+		{
+			"write kv/x a=1 b=@" + file + " c=- d=\\@lit e=x=y l=1 l=2", "piped",
+			`PUT kv/x {"a":"1","b":"from file","c":"piped","d":"@lit","e":"x=y","l":["1","2"]}`, "Success! Data written to: kv/x\n",
+		},
 		{"write kv/x @" + object + " m=1", "", `PUT kv/x {"l":["x"],"m":"1","n":1.50}`, "Success!"},
 		{"write kv/x -", `{"a":{"b":null}}`, `PUT kv/x {"a":{"b":null}}`, "Success!"},
 		{"write -f kv/x", "", `PUT kv/x {}`, "Success!"},
 		{"delete kv/x", "", `DELETE kv/x`, "Success! Data deleted (if it existed) at: kv/x\n"},
 		{"delete kv/x versions=1", "", `DELETE kv/x?versions=1`, "Success!"},
 		{"operator raft remove-peer n3", "", `PUT sys/storage/raft/remove-peer {"server_id":"n3"}`, "Success!"},
-		{"operator raft join -retry -leader-ca-cert=@" + file + " https://n1:8200", "",
-			`POST sys/storage/raft/join {"leader_api_addr":"https://n1:8200","leader_ca_cert":"from file","retry":true}`, "true"},
+		{
+			"operator raft join -retry -leader-ca-cert=@" + file + " https://n1:8200", "",
+			`POST sys/storage/raft/join {"leader_api_addr":"https://n1:8200","leader_ca_cert":"from file","retry":true}`, "true",
+		},
 		{"operator raft snapshot save " + snapshot + ".new", "", `GET sys/storage/raft/snapshot`, "4 bytes"},
 		{"operator raft snapshot restore -force " + snapshot, "", `POST sys/storage/raft/snapshot SNAP`, "Success!"},
 		{"operator step-down", "", `PUT sys/step-down`, "Success!"},
@@ -202,9 +221,7 @@ func TestErrorsOfTheClusterExitTwoAndSayWhatToDoNext(t *testing.T) {
 		{"plugin info secret nope", nil, []string{`rollcall plugin list secret`}},
 	} {
 		env := map[string]string{"ROLLCALL_ADDR": f.URL}
-		for k, v := range c.env {
-			env[k] = v
-		}
+		maps.Copy(env, c.env)
 		got := run(t, env, "", strings.Fields(c.line)...)
 		for _, says := range c.says {
 			if got.code != ExitAPI || !strings.Contains(got.stderr, says) || got.out != "" {
@@ -241,13 +258,13 @@ func TestHealthcheckFailsWhileFencedAndSaysWhy(t *testing.T) {
 func TestEveryDocumentedVerbExists(t *testing.T) {
 	root := newTestRoot(&Env{Getenv: func(string) string { return "" }})
 	root.InitDefaultCompletionCmd()
-	verbs := strings.Fields(`plugin/register plugin/list plugin/info plugin/deregister plugin/reload plugin/reload-status plugin/versions
+	verbs := strings.FieldsSeq(`plugin/register plugin/list plugin/info plugin/deregister plugin/reload plugin/reload-status plugin/versions
 		plugin/plan plugin/rollback plugin/pins/list plugin/pins/set plugin/pins/delete reloads/list reloads/show reloads/pause reloads/resume
 		reloads/promote reloads/abort secrets/enable secrets/disable secrets/list secrets/tune secrets/move auth/enable auth/disable auth/list
 		auth/tune auth/move read write list delete operator/members operator/raft/list-peers operator/raft/remove-peer operator/raft/join
 		operator/raft/snapshot/save operator/raft/snapshot/restore operator/raft/autopilot/state operator/step-down operator/leave status
 		healthcheck version events completion/bash completion/zsh completion/fish completion/powershell`)
-	for _, v := range verbs {
+	for v := range verbs {
 		path := strings.Split(v, "/")
 		c, rest, err := root.Find(path)
 		if err != nil || len(rest) > 0 || c.Name() != path[len(path)-1] || !c.Runnable() {

@@ -36,8 +36,10 @@ func PrintVerdicts(w io.Writer, r *api.Reload) {
 			if m.From != nil || m.To != nil {
 				served, lost = fmt.Sprint(m.Requests.Served), fmt.Sprint(m.Requests.Failed)
 			}
-			row := []string{n.Node, verdictOf(r, n, m), now, was,
-				millis(m.Timings.Ready), millis(switchTime(m)), millis(m.Timings.Drain), served, lost}
+			row := []string{
+				n.Node, verdictOf(r, n, m), now, was,
+				millis(m.Timings.Ready), millis(switchTime(m)), millis(m.Timings.Drain), served, lost,
+			}
 			if many {
 				row = slices.Insert(row, 1, m.Namespace+m.Mount)
 			}

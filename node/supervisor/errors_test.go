@@ -9,7 +9,7 @@ import (
 
 func TestStorageRefusalsKeepTheirKindThroughAPlugin(t *testing.T) {
 	for text, want := range map[string]fault.Kind{
-		"write secret: cannot write to readonly storage":                                 fault.ReadOnly,
+		"write secret: cannot write to readonly storage":                                  fault.ReadOnly,
 		`1 error occurred: put failed due to value being too large: "data/x" has 2097152`: fault.TooLarge,
 		"something else": fault.Internal,
 	} {

@@ -187,10 +187,8 @@ func (r *Reloads) look(v View, seen map[string]concern) {
 			c.wanted = v.Reload(w.GetReloadId())
 		}
 		old, known := seen[m.GetUuid()]
-		if !known {
-			r.begin(m)
-		}
 		if !known || old != c {
+			r.begin(m) // also one that a restored snapshot brought back while its reconciler was ending
 			nudge = nudge || c.acts(old)
 			seen[m.GetUuid()] = c
 			r.wake(m.GetUuid())
@@ -224,8 +222,11 @@ func (r *Reloads) begin(m *commandv1.Mount) {
 // forget drops a reconciler that has ended because its mount is gone.
 func (r *Reloads) forget(uuid string) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	delete(r.loops, uuid)
+	r.mu.Unlock()
+	if m := r.cfg.State.View().Mount(uuid); m != nil && r.ctx.Err() == nil {
+		r.begin(m) // a restored snapshot has brought it back meanwhile
+	}
 }
 
 func (r *Reloads) wake(uuid string) {

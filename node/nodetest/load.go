@@ -148,7 +148,7 @@ func (u *user) call(ctx context.Context, method, key, body string, value *int64)
 		u.l.Sent.Add(1)
 		return true // not written yet
 	}
-	if resp.StatusCode >= http.StatusMultipleChoices && strings.Contains(string(raw), "told to fail") {
+	if resp.StatusCode >= http.StatusMultipleChoices && strings.Contains(string(raw), "of its requests") {
 		u.l.Sent.Add(1)
 		u.l.Told.Add(1)
 		return false

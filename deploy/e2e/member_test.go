@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -181,7 +182,7 @@ func TestARestartedNodeCatchesUpByLogOrBySnapshot(t *testing.T) {
 			c.sameEverywhere(rec.ID)
 
 			for _, s := range c.nodes {
-				s.signal(9)
+				s.signal(syscall.SIGKILL)
 			}
 			for _, s := range c.nodes {
 				_ = s.gone(short)
@@ -420,5 +421,59 @@ func TestANodeOfAnotherClusterIsNotTakenIn(t *testing.T) {
 	}
 	if h, err := c.nodes[0].client().Health(timeout(t, short)); err != nil || h.ClusterID != id {
 		t.Errorf("%+v, %v", h, err)
+	}
+}
+
+// TestANodeThatWasAsleepNeverAnswersForThePast stops a node in its tracks, as a paused machine does, and reloads without it.
+// When it wakes, requests that wait for it are not answered by the version that the others have left behind.
+func TestANodeThatWasAsleepNeverAnswersForThePast(t *testing.T) {
+	c := newCluster(t, options{})
+	c.mountDemo()
+	version := "v1.0.0"
+	for _, who := range []string{"follower", "leader"} {
+		t.Run(who, func(t *testing.T) {
+			was := version
+			version = map[string]string{"v1.0.0": "v1.1.0", "v1.1.0": "v1.0.0"}[was]
+			asleep := c.leader()
+			if who == "follower" {
+				asleep = c.followers()[0]
+			}
+			awake := c.others(asleep)
+			asleep.signal(syscall.SIGSTOP)
+			defer asleep.signal(syscall.SIGCONT)
+			var out *api.ReloadResponse
+			until(t, long, "the others take the reload", func() (err error) {
+				out, _, err = c.clientOf(awake...).Reload(timeout(t, 10*time.Second), "", api.ReloadRequest{
+					Plugin: "demo", Scope: "global", Version: version, ReloadID: "while-the-" + who + "-sleeps",
+				})
+				return err
+			})
+			rec := c.ended(c.clientOf(awake...), out.ReloadID)
+			if m := part(rec, asleep.name); rec.Outcome != api.OutcomePartial || m.Verdict != api.VerdictPendingDown {
+				t.Errorf("%s sleeps:\n%s", asleep.name, tell(rec))
+			}
+			for _, s := range awake {
+				if got, err := s.ask(timeout(t, short), "info"); err != nil || got.Data.Version != version {
+					t.Errorf("%s: %+v, %v", s.name, got, err)
+				}
+			}
+			var stops []func()
+			for range 8 { // these requests wait in its socket
+				stops = append(stops, asleep.never(was))
+			}
+			time.Sleep(200 * time.Millisecond) // so that they are there when it wakes
+			asleep.signal(syscall.SIGCONT)
+			c.serving()
+			for _, stop := range stops {
+				stop()
+			}
+			until(t, short, "the record says that "+asleep.name+" converged late", func() error {
+				rec, err := c.any().ReloadRecord(timeout(t, short), out.ReloadID, 0, 0)
+				if err == nil && part(rec, asleep.name).Verdict != api.VerdictConvergedLate {
+					err = errors.New(tell(rec))
+				}
+				return err
+			})
+		})
 	}
 }

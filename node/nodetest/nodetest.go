@@ -36,6 +36,10 @@ func Main(m *testing.M) int {
 	return m.Run()
 }
 
+// heartbeat is longer than a node's default: under the race detector, with two cores for all nodes and their plugins, half
+// a second passes unheard, and a change of leader in the middle of a write is an outcome that nobody knows.
+const heartbeat = 1500 * time.Millisecond
+
 // Cluster is a local cluster under test, with a client for each node.
 type Cluster struct {
 	*node.Local
@@ -87,7 +91,15 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	c.Local, err = node.StartLocal(ctx, node.LocalOptions{Nodes: n, Dir: dir, PluginDir: c.Plugins, Logger: logger, Change: change})
+	c.Local, err = node.StartLocal(ctx, node.LocalOptions{
+		Nodes: n, Dir: dir, PluginDir: c.Plugins, Logger: logger,
+		Change: func(i int, cfg *node.Config, opt *node.Options) {
+			opt.Heartbeat = heartbeat
+			if change != nil {
+				change(i, cfg, opt)
+			}
+		},
+	})
 	if err != nil {
 		t.Fatalf("start %d nodes: %v\n%s", n, err, c.log.buf)
 	}

@@ -1,6 +1,7 @@
 package httpd
 
 import (
+	"slices"
 	"sort"
 	"strings"
 )
@@ -49,12 +50,32 @@ type route struct {
 	// rootOnly is refused in a child namespace.
 	rootOnly bool
 	summary  string
+	// canon brings what the pattern captured to its one spelling, by name, before anything is decided about the path.
+	canon map[string]func(string) string
 	// rawBody is the limit of a body that the handler reads itself; 0: the body is a JSON object.
 	rawBody int64
 	// refused says why the route answers with an error always; empty for routes that do something.
 	refused string
 
 	segments []string
+}
+
+// canonical is the one spelling of a request's path on this route: with its captures brought to theirs.
+func (r *route) canonical(path string, params map[string]string) string {
+	if len(r.canon) == 0 {
+		return path
+	}
+	parts := slices.Clone(r.segments)
+	for i, p := range parts {
+		name := strings.Trim(p, "{}")
+		if f := r.canon[name]; f != nil && strings.HasPrefix(p, "{") {
+			params[name] = f(params[name])
+		}
+		if strings.HasPrefix(p, "{") {
+			parts[i] = params[strings.TrimSuffix(name, "...")]
+		}
+	}
+	return strings.Join(parts, "/")
 }
 
 // table finds the route of a path. Literal segments win over {name}, which wins over {name...}; among equals the

@@ -250,6 +250,7 @@ func (s *Server) route(ctx context.Context, w http.ResponseWriter, req *request)
 	}
 	if rt != nil {
 		req.params = params
+		req.path = rt.canonical(req.path, params)
 		s.system(ctx, w, req, rt)
 		return nil
 	}

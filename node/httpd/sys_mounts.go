@@ -19,6 +19,7 @@ import (
 
 	"rollcall/node/api"
 	"rollcall/node/fault"
+	"rollcall/node/policy"
 )
 
 // enableTimeout bounds how long an enable waits for the mount to serve on the leader before it answers.
@@ -71,16 +72,30 @@ func (t mountTable) at(q *request) (table, path string) {
 	return t.table, path
 }
 
-func (t mountTable) find(q *request) *commandv1.Mount {
+// find returns the mount that a call means: in the table of secrets also the one that the path lies below. Where that has
+// another name than the call gave it, a rule that denies the other name holds, too.
+func (t mountTable) find(q *request) (*commandv1.Mount, error) {
 	table, path := t.at(q)
-	if m := q.view.MountAt(q.ns, table, path); m != nil || table == "auth" {
-		return m
+	m := q.view.MountAt(q.ns, table, path)
+	if m == nil && table != "auth" {
+		if m, _ = q.view.MountFor(q.ns, path); m != nil && m.GetTable() != table {
+			m = nil
+		}
 	}
-	m, _ := q.view.MountFor(q.ns, path)
-	if m != nil && m.GetTable() != table {
-		return nil
+	if m == nil {
+		return nil, nil
 	}
-	return m
+	name := "sys/mounts/" + strings.TrimSuffix(m.GetPath(), "/")
+	if m.GetTable() == "auth" {
+		name = "sys/auth/" + strings.TrimSuffix(m.GetPath(), "/")
+	}
+	if strings.HasSuffix(q.path, "/tune") {
+		name += "/tune"
+	}
+	if name != q.path && t.Policies.Denied(q.view, q.who, q.ns, name) {
+		return nil, policy.ErrRefused
+	}
+	return m, nil
 }
 
 func (t mountTable) missing(q *request) error {
@@ -103,9 +118,9 @@ func (t mountTable) list(q *request) (*reply, error) {
 }
 
 func (t mountTable) read(q *request) (*reply, error) {
-	m := t.find(q)
+	m, err := t.find(q)
 	if m == nil {
-		return nil, t.missing(q)
+		return nil, cmpErr(err, t.missing(q))
 	}
 	run := t.Plugins.Running()[m.GetUuid()]
 	rep := &reply{data: mountObject(m, run)}
@@ -267,7 +282,7 @@ func (t mountTable) enable(q *request) (*reply, error) {
 // readEnable makes the mount that a body asks for.
 func (t mountTable) readEnable(q *request) (m *commandv1.Mount, version string, err error) {
 	b := q.body
-	table, path := t.at(q)
+	table, path := t.table, strings.Trim(q.params["path"], "/")+"/" // enabling an auth method through sys/mounts would need no sudo
 	conf := b.object("config")
 	config, _ := readConfig(conf, nil)
 	m = &commandv1.Mount{
@@ -355,8 +370,7 @@ func (t mountTable) awaitReady(ctx context.Context, mountUUID string) error {
 }
 
 func (t mountTable) disable(q *request) (*reply, error) {
-	table, path := t.at(q)
-	m := q.view.MountAt(q.ns, table, path)
+	m := q.view.MountAt(q.ns, t.table, strings.Trim(q.params["path"], "/")+"/")
 	if m == nil {
 		return nil, nil
 	}
@@ -389,10 +403,10 @@ func (s *Server) endMount(q *request, m *commandv1.Mount, wait time.Duration) (w
 }
 
 func (t mountTable) readTune(q *request) (*reply, error) {
-	m := t.find(q)
+	m, err := t.find(q)
 	if m == nil {
 		_, path := t.at(q)
-		return nil, fault.Text(fault.Invalid, "cannot fetch sysview for path %q", path)
+		return nil, cmpErr(err, fault.Text(fault.Invalid, "cannot fetch sysview for path %q", path))
 	}
 	data, _ := mountObject(m, api.RunningMount{})["config"].(map[string]any)
 	out := map[string]any{"description": m.GetDescription()}
@@ -421,9 +435,9 @@ func TTLs(m *commandv1.Mount) (def, most time.Duration) {
 }
 
 func (t mountTable) tune(q *request) (*reply, error) {
-	m := t.find(q)
+	m, err := t.find(q)
 	if m == nil {
-		return nil, t.missing(q)
+		return nil, cmpErr(err, t.missing(q))
 	}
 	b := q.body
 	config, set := readConfig(b, m.GetConfig())
@@ -454,7 +468,7 @@ func (t mountTable) tune(q *request) (*reply, error) {
 	if err := checkConfig(config); err != nil {
 		return nil, err
 	}
-	_, err := t.propose(q, &commandv1.Command{Body: &commandv1.Command_TuneMount{TuneMount: cmd}})
+	_, err = t.propose(q, &commandv1.Command{Body: &commandv1.Command_TuneMount{TuneMount: cmd}})
 	return nil, err
 }
 

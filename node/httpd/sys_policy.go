@@ -14,10 +14,11 @@ func (s *Server) policyRoutes() []*route {
 	update := func(h handler) map[operation]handler { return map[operation]handler{opUpdate: h} }
 	acl := policyWords{s, "policy"}
 	legacy := policyWords{s, "rules"}
+	canon := map[string]func(string) string{"name": policy.Canonical}
 	return []*route{
 		{pattern: "sys/policies/acl", ops: map[operation]handler{opList: acl.list}, summary: "The names of the namespace's policies."},
 		{
-			pattern: "sys/policies/acl/{name}", ops: map[operation]handler{opRead: acl.read, opUpdate: acl.write, opDelete: acl.remove},
+			pattern: "sys/policies/acl/{name}", canon: canon, ops: map[operation]handler{opRead: acl.read, opUpdate: acl.write, opDelete: acl.remove},
 			summary: "Write, read or delete a policy.",
 		},
 		{
@@ -25,7 +26,7 @@ func (s *Server) policyRoutes() []*route {
 			summary: "The names of the namespace's policies, as older clients ask.",
 		},
 		{
-			pattern: "sys/policy/{name}", doubled: true,
+			pattern: "sys/policy/{name}", doubled: true, canon: canon,
 			ops:     map[operation]handler{opRead: legacy.read, opUpdate: legacy.write, opDelete: legacy.remove},
 			summary: "Write, read or delete a policy, as older clients do.",
 		},

@@ -238,6 +238,9 @@ func readArchive(in io.Reader, state io.Writer) error {
 		}
 		got[h.Name] = hex.EncodeToString(sum.Sum(nil))
 	}
+	if _, err := io.Copy(io.Discard, io.LimitReader(zip, 1<<20)); err != nil { // gzip's own checksum is behind everything
+		return broken(err)
+	}
 	if want := fmt.Sprintf("%s  %s\n%s  %s\n", got[backupMeta], backupMeta, got[backupState], backupState); got[backupState] == "" || sums != want {
 		return fault.Text(fault.Invalid, "the backup is incomplete or damaged: its checksums do not hold; nothing was changed")
 	}

@@ -82,7 +82,7 @@ func (s *Server) enterTokenAs(ctx context.Context, q *request, token string, row
 func authOf(token string, row *commandv1.Token, ttl time.Duration) *api.Auth {
 	return &api.Auth{
 		ClientToken: token, Accessor: row.GetAccessor(), Policies: row.GetPolicies(), TokenPolicies: row.GetPolicies(),
-		Metadata: row.GetMeta(), LeaseDuration: int64(ttl / time.Second), Renewable: row.GetRenewable(),
+		Metadata: row.GetMeta(), LeaseDuration: int64(ttl.Round(time.Second) / time.Second), Renewable: row.GetRenewable(),
 		EntityID: row.GetEntityId(), TokenType: "service", Orphan: len(row.GetParent()) == 0, NumUses: row.GetNumUses(),
 	}
 }

@@ -184,6 +184,16 @@ func (e *Engine) Capabilities(view *fsm.View, tokenNamespace string, names []str
 	return out
 }
 
+// Denied reports whether a rule denies a path in so many words. It is for paths that are another name of the one that was
+// decided about: what is not granted there may be granted here, but what is denied there is denied.
+func (e *Engine) Denied(view *fsm.View, who *Identity, namespace, path string) bool {
+	if who.IsRoot() {
+		return false
+	}
+	p := best(e.rules(view, who.Token.GetNamespace(), who.Names()), namespace+path, false)
+	return p != nil && p.caps[Deny]
+}
+
 // Sees reports whether the identity has any business with a mount: some rule that does not deny reaches its path or below.
 // It decides what is listed, never what may be done.
 func (e *Engine) Sees(view *fsm.View, who *Identity, namespace, mount string) bool {

@@ -197,8 +197,14 @@ func (w *world) call(method, path, body string, headers ...string) *answer {
 		}
 		r.Header.Set(headers[i], headers[i+1])
 	}
+	limit := 20 * time.Second
+	if strings.HasPrefix(path, "sys/events") {
+		limit = 20 * time.Millisecond // a stream ends with its client alone
+	}
+	ctx, cancel := context.WithTimeout(w.t.Context(), limit)
+	defer cancel()
 	rec := httptest.NewRecorder()
-	w.s.Handler().ServeHTTP(rec, r)
+	w.s.Handler().ServeHTTP(rec, r.WithContext(ctx))
 	a := &answer{status: rec.Code, header: rec.Header(), text: rec.Body.String()}
 	d := json.NewDecoder(bytes.NewReader(rec.Body.Bytes()))
 	d.UseNumber()

@@ -27,6 +27,7 @@ type Transport struct {
 	log       *slog.Logger
 	met       *metrics
 	quiet     quietLog
+	distrust  quietLog // of peers that were called
 	ln        net.Listener
 	advertise string
 
@@ -330,6 +331,8 @@ func (t *Transport) secure(ctx context.Context, raw net.Conn, addr, name, alpn s
 		kind := fault.Unavailable
 		if fault.Is(err, fault.Denied) {
 			kind = fault.Denied
+			// gRPC tells its callers only that the peer does not answer.
+			t.distrust.warn(t.log, "a peer is not trusted", "peer", name, "address", addr, "error", err)
 		}
 		return nil, fault.As(kind, err, "greet peer", strings.TrimSpace(name+" "+addr))
 	}

@@ -148,12 +148,13 @@ func (r *Replica) enter() {
 
 // becomeMember returns true once the Raft configuration here names this node, or the leader has let it in.
 func (r *Replica) becomeMember() bool {
+	var said string
 	for attempt := 0; r.ctx.Err() == nil; attempt++ {
 		changed, role := r.cfg.Discovery.Changed(), r.RoleChanged()
 		if r.configured() != nil {
 			return true
 		}
-		facts := r.askFacts(r.ctx)
+		facts, unheard := r.askFacts(r.ctx)
 		let, err := r.join(facts)
 		if let {
 			return true
@@ -165,8 +166,9 @@ func (r *Replica) becomeMember() bool {
 		}
 		if founded, why := r.found(facts); founded {
 			return true
-		} else if why != "" && attempt%20 == 0 {
-			r.log.Info("waiting for a cluster", "why", why)
+		} else if news := why + unheard; why != "" && (news != said || attempt%20 == 0) {
+			said = news
+			r.log.Info("waiting for a cluster", "why", why, "unheard", unheard)
 		}
 		t := time.NewTimer(min(50*time.Millisecond<<min(attempt, 5), time.Second))
 		select {
@@ -198,13 +200,15 @@ func (r *Replica) servers() []raft.Server {
 	return n.GetConfiguration().Configuration().Servers
 }
 
-// askFacts asks every discovered peer, at once, what it is.
-func (r *Replica) askFacts(ctx context.Context) []*peerv1.FactsResponse {
+// askFacts asks every discovered peer, at once, what it is. unheard says of those that gossip found and that gave no
+// answer why: a certificate of another authority, a port that is closed.
+func (r *Replica) askFacts(ctx context.Context) (facts []*peerv1.FactsResponse, unheard string) {
 	ctx, cancel := context.WithTimeout(ctx, r.cfg.rpcTimeout())
 	defer cancel()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	var all []*peerv1.FactsResponse
+	var silent []string
 	limit := make(chan struct{}, 16)
 	for _, p := range r.cfg.Discovery.Peers() {
 		if p.Address == "" || p.NodeID == r.NodeID() {
@@ -214,21 +218,21 @@ func (r *Replica) askFacts(ctx context.Context) []*peerv1.FactsResponse {
 		wg.Go(func() {
 			defer func() { <-limit }()
 			f, err := r.factsOf(ctx, p.Address, p.Name)
-			if err != nil {
-				r.log.Debug("a peer does not say what it is", "peer", p.Address, "error", err)
-				return
-			}
-			if f.GetNodeId() == r.NodeID() {
-				return
-			}
 			mu.Lock()
 			defer mu.Unlock()
-			all = append(all, f)
+			switch {
+			case err != nil:
+				silent = append(silent, p.Name+" at "+p.Address+": "+err.Error())
+			case f.GetNodeId() != r.NodeID():
+				all = append(all, f)
+			}
 		})
 	}
 	wg.Wait()
 	slices.SortFunc(all, func(a, b *peerv1.FactsResponse) int { return strings.Compare(a.GetNodeId(), b.GetNodeId()) })
-	return slices.CompactFunc(all, func(a, b *peerv1.FactsResponse) bool { return a.GetNodeId() == b.GetNodeId() })
+	all = slices.CompactFunc(all, func(a, b *peerv1.FactsResponse) bool { return a.GetNodeId() == b.GetNodeId() })
+	slices.Sort(silent)
+	return all, strings.Join(silent[:min(len(silent), 5)], "; ")
 }
 
 func (r *Replica) factsOf(ctx context.Context, address, name string) (*peerv1.FactsResponse, error) {
@@ -385,7 +389,8 @@ func (r *Replica) introduceSelf(always bool) error {
 	if _, leading := r.leads(); leading {
 		return r.moveSelf()
 	}
-	let, err := r.join(r.askFacts(r.ctx))
+	facts, _ := r.askFacts(r.ctx)
+	let, err := r.join(facts)
 	if let || err == nil {
 		return nil // without anybody to ask, the Hello may still find a leader
 	}

@@ -408,7 +408,7 @@ func TestANodeOfAnotherClusterIsNotTakenIn(t *testing.T) {
 	seen := len(stranger.log())
 	stranger.start()
 	until(t, short, "it says whom it cannot talk to", func() error {
-		if text := stranger.log()[seen:]; !strings.Contains(text, "certificate") {
+		if text := stranger.log()[seen:]; !strings.Contains(text, "not trusted") || !strings.Contains(text, "authority") {
 			return errors.New(tail(stranger.logFile, 5))
 		}
 		return nil

@@ -22,7 +22,7 @@ func (e *entry) enterLease(c *commandv1.PutLease) error {
 		return invalid("a token's hash has %d bytes", sha256.Size)
 	}
 	old := get(&e.leases, l.GetId())
-	if at := old.GetExpiresClockNs(); c.GetMustExist() && (old == nil || at != 0 && at <= e.clock) {
+	if at := old.GetExpiresClockNs(); c.GetMustExist() && (old == nil || at != 0 && at <= max(e.clock, 1)) {
 		return invalid("lease not found or lease is not renewable")
 	}
 	if old == nil && len(l.GetTokenHash()) > 0 && get(&e.tokens, string(l.GetTokenHash())) == nil {
@@ -58,7 +58,7 @@ const maxLeasesAtOnce = 10_000
 func (e *entry) revokeLeases(c *commandv1.RevokeLeases) error {
 	var found []*commandv1.Lease
 	take := func(l *commandv1.Lease) bool {
-		if l != nil && (c.GetForce() || l.GetExpiresClockNs() == 0 || l.GetExpiresClockNs() > e.clock) {
+		if l != nil && (c.GetForce() || l.GetExpiresClockNs() == 0 || l.GetExpiresClockNs() > max(e.clock, 1)) {
 			found = append(found, l)
 		}
 		return len(found) < maxLeasesAtOnce

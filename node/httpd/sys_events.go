@@ -154,6 +154,9 @@ func (f *follower) follow(w http.ResponseWriter, r *http.Request, ended <-chan s
 		}
 		select {
 		case <-changed:
+			if !f.allowed(r) { // a revocation is an entry, too: the stream ends with its token
+				return nil
+			}
 		case <-quiet.C:
 			if !f.allowed(r) {
 				return nil

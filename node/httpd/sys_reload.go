@@ -443,6 +443,9 @@ func (s *Server) readReload(q *request) (*reply, error) {
 			return nil, err
 		}
 		view = s.State.View()
+		if _, err := s.authenticate(view, q.http); err != nil { // it was long ago that the call was authorised
+			return nil, err
+		}
 		if r == nil {
 			return nil, unknownReload(view, id)
 		}

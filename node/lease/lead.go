@@ -74,7 +74,7 @@ func (l *leading) look(v *fsm.View) {
 	l.mu.Lock()
 	waiting := len(l.tries)
 	l.mu.Unlock()
-	tokens, leases := v.Expired(v.ClockNS(), batch+waiting)
+	tokens, leases := v.Expired(max(v.ClockNS(), 1), batch+waiting)
 	for _, t := range tokens {
 		if l.ctx.Err() != nil {
 			return

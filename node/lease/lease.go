@@ -181,7 +181,7 @@ func (k *Keeper) Renew(ctx context.Context, id string, increment time.Duration, 
 	v := k.cfg.State.View()
 	row := v.Lease(id)
 	switch {
-	case row == nil || row.GetExpiresClockNs() != 0 && row.GetExpiresClockNs() <= v.ClockNS():
+	case row == nil || row.GetExpiresClockNs() != 0 && row.GetExpiresClockNs() <= max(v.ClockNS(), 1):
 		return nil, fault.Text(fault.Invalid, "lease not found")
 	case !row.GetRenewable():
 		return nil, fault.Text(fault.Invalid, "lease is not renewable")
@@ -285,7 +285,7 @@ func (k *Keeper) due(which *commandv1.RevokeLeases) []*commandv1.Lease {
 	}
 	out := list[:0:0]
 	for _, l := range list {
-		if at := l.GetExpiresClockNs(); at != 0 && at <= v.ClockNS() {
+		if at := l.GetExpiresClockNs(); at != 0 && at <= max(v.ClockNS(), 1) {
 			out = append(out, l)
 		}
 	}

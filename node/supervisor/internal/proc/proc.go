@@ -37,9 +37,26 @@ func NewSpawner() *Spawner {
 }
 
 func (s *Spawner) run() {
+	runtime.LockOSThread()
+	if !onMainThread() {
+		s.serve(nil)
+		return
+	}
+	// The main thread does not end with its goroutine: the runtime parks it, and the children would outlive their spawner.
+	// While this goroutine holds it, another one gets another thread.
+	moved := make(chan struct{})
+	go s.serve(moved)
+	<-moved
+	runtime.UnlockOSThread()
+}
+
+func (s *Spawner) serve(moved chan<- struct{}) {
 	defer close(s.done)
 	// Never unlocked: the thread ends with this goroutine, and with it what prepareThread did to it.
 	runtime.LockOSThread()
+	if moved != nil {
+		close(moved)
+	}
 	prepareThread()
 	for {
 		select {

@@ -231,3 +231,6 @@ func NoExec(path string) bool {
 	var st unix.Statfs_t
 	return unix.Statfs(path, &st) == nil && st.Flags&unix.ST_NOEXEC != 0
 }
+
+// onMainThread reports whether the calling goroutine, which is locked to its thread, runs on the process's first one.
+func onMainThread() bool { return unix.Gettid() == unix.Getpid() }

@@ -69,3 +69,6 @@ func (*Cgroup) End() {}
 
 // SweepCgroups does nothing here.
 func SweepCgroups(string, string, func(string) bool) {}
+
+// onMainThread matters only where the death of a thread is told to children.
+func onMainThread() bool { return false }

@@ -81,8 +81,10 @@ func TestAnAuthMethodAndASecretsEngineAreReloadedTogether(t *testing.T) {
 	sign, public := newSigner(t)
 	for path, body := range map[string]any{
 		"auth/jwt/config": map[string]any{"jwt_validation_pubkeys": []string{public}, "bound_issuer": "e2e"},
-		"auth/jwt/role/dev": map[string]any{"role_type": "jwt", "user_claim": "sub", "bound_audiences": []string{"rollcall"},
-			"token_policies": []string{"default"}, "token_ttl": "10m"},
+		"auth/jwt/role/dev": map[string]any{
+			"role_type": "jwt", "user_claim": "sub", "bound_audiences": []string{"rollcall"},
+			"token_policies": []string{"default"}, "token_ttl": "10m",
+		},
 	} {
 		if _, err := client.Write(timeout(t, long), path, body); err != nil {
 			t.Fatalf("%s: %v", path, err)

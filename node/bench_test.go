@@ -110,7 +110,7 @@ func copySelf(b *testing.B, dir string) string {
 // direct starts the plugin of the mount once more and sets it up with the storage of nobody.
 func (x *bench) direct() *supervisor.Backend {
 	x.b.Helper()
-	p, err := x.node.supervisor.Start(x.b.Context(), supervisor.Spec{
+	p, err := x.node.launcher.(plugins).Supervisor.Start(x.b.Context(), supervisor.Spec{
 		Type: "secret", Name: "demo", Version: "v1.0.0",
 		Command: "plugin", Args: []string{benchPlugin, "-version", "v1.0.0"}, SHA256: x.sum,
 	})

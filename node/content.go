@@ -28,11 +28,11 @@ type contentServer struct {
 	specs func(sha256 string) []*commandv1.Spec
 }
 
-// contentStore is the part of the supervisor that keeps bytes.
+// contentStore is the part of a Launcher that keeps bytes.
 type contentStore interface {
 	OpenContent(sha256 string) (io.ReadCloser, int64, error)
 	Hash(ctx context.Context, command string) (string, error)
-	Ensure(ctx context.Context, spec supervisor.Spec) error
+	Ensure(ctx context.Context, spec *commandv1.Spec) error
 }
 
 // open finds bytes in the store, or in a file of the plugin directory that was registered with that hash: this node may
@@ -46,7 +46,7 @@ func (c *contentServer) open(ctx context.Context, sha256 string) (io.ReadCloser,
 		if got, herr := c.store.Hash(ctx, spec.GetCommand()); herr != nil || got != sha256 {
 			continue
 		}
-		if eerr := c.store.Ensure(ctx, specOf(spec)); eerr == nil {
+		if eerr := c.store.Ensure(ctx, spec); eerr == nil {
 			r, _, err = c.store.OpenContent(sha256)
 			return r, err
 		}

@@ -11,7 +11,6 @@ import (
 	commandv1 "rollcall/proto/command/v1"
 
 	"rollcall/node/fault"
-	"rollcall/node/supervisor"
 )
 
 // directory is a content store with files in its plugin directory. It counts how often it was told to get bytes that it
@@ -38,13 +37,13 @@ func (d *directory) Hash(_ context.Context, command string) (string, error) {
 	return "", fault.New(fault.NotFound, "hash", command, "no such file")
 }
 
-func (d *directory) Ensure(_ context.Context, spec supervisor.Spec) error {
-	b, ok := d.files[spec.Command]
-	if !ok || hashOf(b) != spec.SHA256 {
+func (d *directory) Ensure(_ context.Context, spec *commandv1.Spec) error {
+	b, ok := d.files[spec.GetCommand()]
+	if !ok || hashOf(b) != spec.GetSha256() {
 		d.asked++
-		return fault.New(fault.NotFound, "ensure", spec.Command, "not here")
+		return fault.New(fault.NotFound, "ensure", spec.GetCommand(), "not here")
 	}
-	d.kept[spec.SHA256] = b
+	d.kept[spec.GetSha256()] = b
 	return nil
 }
 

@@ -27,7 +27,7 @@ func (i *inventory) TryMount(ctx context.Context, m *commandv1.Mount, spec *comm
 }
 
 func (i *inventory) Hash(ctx context.Context, command string) (string, error) {
-	return i.n.supervisor.Hash(ctx, command)
+	return i.n.launcher.Hash(ctx, command)
 }
 
 // Running tells what this node runs, by mount uuid.

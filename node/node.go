@@ -23,7 +23,6 @@ import (
 	"rollcall/node/reload"
 	"rollcall/node/replica"
 	"rollcall/node/router"
-	"rollcall/node/supervisor"
 	"rollcall/node/telemetry"
 	"rollcall/transport"
 )
@@ -35,7 +34,7 @@ type Options struct {
 	Logger *slog.Logger
 	// Registry takes the metrics. Default: one of its own.
 	Registry *prometheus.Registry
-	// Network is where the bytes of the cluster port come from. Default TCP.
+	// Network is where the bytes of the cluster port and of the API's port come from. Default TCP.
 	Network transport.Network
 	// Credentials stand in for cluster.ca_file, cert_file and key_file.
 	Credentials *transport.Credentials
@@ -45,6 +44,13 @@ type Options struct {
 	BootstrapToken string
 	// Discovery replaces gossip altogether: then no gossip port is opened.
 	Discovery replica.Discovery
+	// Launcher owns the plugin processes and their bytes in place of node/supervisor, for simulations. It is made with
+	// the node and closed with it.
+	Launcher func(Surroundings) (Launcher, error)
+	// Disk keeps log, votes and snapshots in place of files in the data directory, for simulations. Stop closes it.
+	Disk replica.Disk
+	// Clock is the clock of serving leases. Default: the machine's, which goes on while it sleeps.
+	Clock func() time.Duration
 	// NoSync leaves out fdatasync: for dev, demo and tests. Power loss then loses acknowledged writes.
 	NoSync bool
 	// Heartbeat overrides Raft's timers (default 500 ms times the multiplier), for tests.
@@ -62,20 +68,20 @@ type Node struct {
 	reg   *prometheus.Registry
 	since time.Time
 
-	dir        *replica.Dir
-	creds      *transport.Credentials
-	discovery  replica.Discovery
-	state      *fsm.FSM
-	replica    *replica.Replica
-	transport  *transport.Transport
-	supervisor *supervisor.Supervisor
-	router     *router.Router
-	leases     *lease.Keeper
-	reloads    *reload.Reloads
-	gossip     *gossip.Gossip
-	door       *httpd.Server
-	http       *http.Server
-	listener   net.Listener
+	dir       *replica.Dir
+	creds     *transport.Credentials
+	discovery replica.Discovery
+	state     *fsm.FSM
+	replica   *replica.Replica
+	transport *transport.Transport
+	launcher  Launcher
+	router    *router.Router
+	leases    *lease.Keeper
+	reloads   *reload.Reloads
+	gossip    *gossip.Gossip
+	door      *httpd.Server
+	http      *http.Server
+	listener  net.Listener
 
 	ready atomic.Bool
 	fatal chan error
@@ -90,6 +96,12 @@ func New(cfg Config, opt Options) (*Node, error) {
 		return nil, fault.New(fault.Invalid, "configure", "node", "Options.Logger is not set")
 	}
 	n.life.log = n.log
+	if n.opt.Network == nil {
+		n.opt.Network = transport.TCP()
+	}
+	if n.opt.Launcher == nil {
+		n.opt.Launcher = n.newSupervisor
+	}
 	if n.reg == nil {
 		n.reg = telemetry.NewRegistry(Version)
 	}
@@ -112,7 +124,7 @@ func (n *Node) open() error {
 	}{
 		{"http port", n.bindHTTP},
 		{"data directory", n.openReplicaDir},
-		{"supervisor", n.openSupervisor},
+		{"supervisor", n.openLauncher},
 		{"leases", n.openLeases},
 		{"router", n.openRouter},
 		{"cluster port", n.openTransport},

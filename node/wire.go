@@ -44,24 +44,35 @@ func (n *Node) openReplicaDir() error {
 	return nil
 }
 
-func (n *Node) openSupervisor() error {
+func (n *Node) openLauncher() error {
+	var err error
+	n.launcher, err = n.opt.Launcher(Surroundings{
+		NodeName: n.cfg.Name, Fetch: &contentClient{node: n}, Logger: n.component("supervisor"), Registerer: n.reg,
+	})
+	if err != nil {
+		return err
+	}
+	n.life.did("supervisor", n.launcher.Close)
+	return nil
+}
+
+// newSupervisor is the Launcher of every node but simulated ones.
+func (n *Node) newSupervisor(at Surroundings) (Launcher, error) {
 	sockets := n.cfg.SocketDir
 	if own := filepath.Join(n.cfg.DataDir, "sockets"); sockets == "" && len(own) <= maxSocketDir && n.cfg.Plugins.UID == 0 {
 		// Else the system's temporary directory: a socket's path has a limit, and another user's plugins cannot enter here.
 		sockets = own
 	}
-	var err error
-	n.supervisor, err = supervisor.New(supervisor.Config{
+	s, err := supervisor.New(supervisor.Config{
 		PluginDir: n.cfg.PluginDir, DataDir: n.cfg.DataDir, SocketDir: sockets, StartTimeout: n.cfg.Plugins.StartTimeout,
-		NodeName: n.cfg.Name, HostVersion: APIVersion, GoMemLimit: int64(n.cfg.Plugins.MemoryLimit), UID: uint32(n.cfg.Plugins.UID), GID: uint32(n.cfg.Plugins.GID),
-		PassEnv: n.cfg.Plugins.EnvAllow, Cgroup: n.cfg.Plugins.Cgroup, Fetch: &contentClient{node: n},
-		Logger: n.component("supervisor"), Registerer: n.reg,
+		NodeName: at.NodeName, HostVersion: APIVersion, GoMemLimit: int64(n.cfg.Plugins.MemoryLimit), UID: uint32(n.cfg.Plugins.UID), GID: uint32(n.cfg.Plugins.GID),
+		PassEnv: n.cfg.Plugins.EnvAllow, Cgroup: n.cfg.Plugins.Cgroup, Fetch: at.Fetch,
+		Logger: at.Logger, Registerer: at.Registerer,
 	})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	n.life.did("supervisor", n.supervisor.Close)
-	return nil
+	return plugins{s}, nil
 }
 
 func (n *Node) openRouter() error {
@@ -116,7 +127,7 @@ func (n *Node) openReplica() error {
 		Lease: n.cfg.Lease.TTL, Heartbeat: n.opt.Heartbeat, Multiplier: n.cfg.Raft.PerformanceMultiplier,
 		SnapshotThreshold: uint64(n.cfg.Raft.SnapshotThreshold), SnapshotInterval: cmp.Or(n.opt.SnapshotInterval, n.cfg.Raft.SnapshotInterval),
 		TrailingLogs: uint64(n.cfg.Raft.TrailingLogs), PromoteAfter: n.cfg.Autopilot.Stabilization,
-		RemoveDeadAfter: n.cfg.Autopilot.DeadServerThreshold, NoSync: n.opt.NoSync,
+		RemoveDeadAfter: n.cfg.Autopilot.DeadServerThreshold, NoSync: n.opt.NoSync, Disk: n.opt.Disk, Now: n.opt.Clock,
 		Logger: n.component("replica"), Metrics: n.reg,
 	})
 	if err != nil {
@@ -130,7 +141,7 @@ func (n *Node) openReplica() error {
 func (n *Node) openReloads() error {
 	var err error
 	n.reloads, err = reload.New(reload.Config{
-		State: reload.StateOf(n.state.View, n.state.Changed), Plugins: plugins{n.supervisor}, Routes: routes{n.router},
+		State: reload.StateOf(n.state.View, n.state.Changed), Plugins: n.launcher, Routes: routes{n.router},
 		Replica: reloadReplica{n.replica}, Peers: peers{n}, StartParallelism: n.cfg.Reload.StartParallelism,
 		QueueDeadline: n.cfg.Reload.QueueDeadline, PrepareDeadline: n.cfg.Reload.PrepareDeadline,
 		RunDeadline: n.cfg.Reload.RunDeadline, RetainFor: n.cfg.Reload.HistoryAge, Logger: n.component("reload"), Metrics: n.reg,
@@ -146,7 +157,7 @@ func (n *Node) openReloads() error {
 	peerv1.RegisterForwardServer(server, n.router.ForwardServer())
 	peerv1.RegisterAccessServer(server, accessServer{n: n})
 	peerv1.RegisterContentServer(server, &contentServer{
-		store: n.supervisor,
+		store: n.launcher,
 		specs: func(sha256 string) []*commandv1.Spec { return specsWith(n.state.View(), sha256) },
 	})
 	return nil
@@ -178,7 +189,7 @@ func (n *Node) openHTTP() error {
 
 // bindHTTP opens the API's port. It comes early in New, so that a taken port is an error and not a surprise.
 func (n *Node) bindHTTP() error {
-	listener, err := net.Listen("tcp", n.cfg.HTTP.Listen)
+	listener, err := n.opt.Network.Listen(n.cfg.HTTP.Listen)
 	if err != nil {
 		return fault.As(fault.Invalid, err, "listen on", "http.listen")
 	}
@@ -372,15 +383,11 @@ func (n *Node) endBroken(mountUUID string, err error) {
 		if s.MountUUID != mountUUID || s.PID == 0 {
 			continue
 		}
-		for _, p := range n.supervisor.Processes() {
-			if p.Pid() == s.PID {
-				n.log.Warn("end a plugin that cannot be set up again; a new process takes its place", "mount_uuid", mountUUID,
-					"pid", s.PID, "error", err)
-				ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-				_ = p.Close(ctx) // its own watchdog kills it
-				cancel()
-			}
-		}
+		n.log.Warn("end a plugin that cannot be set up again; a new process takes its place", "mount_uuid", mountUUID,
+			"pid", s.PID, "error", err)
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		_ = n.launcher.Kill(ctx, s.PID)
+		cancel()
 	}
 }
 

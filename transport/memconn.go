@@ -76,7 +76,7 @@ func (p *memPipe) topology(up bool, delay time.Duration, now time.Time) {
 func (p *memPipe) push(b []byte, fin bool) (int, error) {
 	p.net.mu.RLock()
 	defer p.net.mu.RUnlock()
-	up, delay := p.net.up(p.from, p.to), p.net.links[link{p.from, p.to}].delay
+	up, delay := p.net.up(p.from, p.to), p.net.links[link{p.from, p.to}].wait()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {

@@ -29,13 +29,23 @@ type MemNetwork struct {
 type link struct{ from, to string }
 
 type linkState struct {
-	cut   bool
-	delay time.Duration
+	cut     bool
+	delay   time.Duration
+	disturb func() time.Duration
+}
+
+// wait is how long what is sent now takes. The mutex of the network is held.
+func (s linkState) wait() time.Duration {
+	if s.disturb == nil {
+		return s.delay
+	}
+	return s.delay + s.disturb()
 }
 
 type memHost struct {
 	listeners map[int]*memListener
 	nextPort  int
+	boot      int // counts Kill: views of an earlier boot are dead
 }
 
 // synTimeout ends a dial whose context has no deadline, as a kernel would.
@@ -57,7 +67,25 @@ func (n *MemNetwork) Host(name string) Network {
 	if n.hosts[name] == nil {
 		n.hosts[name] = &memHost{listeners: make(map[int]*memListener), nextPort: 40000}
 	}
-	return &hostView{net: n, name: name}
+	return &hostView{net: n, name: name, boot: n.hosts[name].boot}
+}
+
+// Kill ends what runs on host, as the kernel of a killed process does: its ports are free, every connection is reset,
+// and what Host has handed out before can neither listen nor dial any more.
+func (n *MemNetwork) Kill(host string) {
+	n.CloseConns(host)
+	var old []*memListener
+	n.change(func() {
+		if h := n.hosts[host]; h != nil {
+			h.boot++
+			for _, l := range h.listeners {
+				old = append(old, l)
+			}
+		}
+	})
+	for _, l := range old {
+		_ = l.Close()
+	}
 }
 
 // Cut stops all traffic between a and b, both ways, until Heal.
@@ -104,6 +132,21 @@ func (n *MemNetwork) DelayOneWay(a, b string, d time.Duration) {
 		s.delay = d
 		n.links[link{a, b}] = s
 	})
+}
+
+// Disturb makes every write from a to b take as long as f says, besides the delay: jitter, or the time that a lost packet
+// takes to be sent again. f is called from many goroutines, one at a time, and must be quick; nil ends it. What is sent
+// on one connection stays in order.
+func (n *MemNetwork) Disturb(a, b string, f func() time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	s := n.links[link{a, b}]
+	s.disturb = nil
+	if f != nil {
+		var one sync.Mutex
+		s.disturb = func() time.Duration { one.Lock(); defer one.Unlock(); return f() }
+	}
+	n.links[link{a, b}] = s
 }
 
 // CloseConns resets every connection of host, as the kernel of a killed process does. What is in flight is lost.
@@ -160,7 +203,11 @@ func (n *MemNetwork) up(from, to string) bool {
 type hostView struct {
 	net  *MemNetwork
 	name string
+	boot int
 }
+
+// dead is true once the host was killed. n.mu is held.
+func (h *hostView) dead() bool { return h.net.hosts[h.name].boot != h.boot }
 
 var _ Network = (*hostView)(nil)
 
@@ -186,6 +233,9 @@ func (h *hostView) Listen(addr string) (net.Listener, error) {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
 	host := h.net.hosts[h.name]
+	if h.dead() {
+		return nil, h.opError("listen", addr, syscall.ENETDOWN)
+	}
 	if port == 0 {
 		port = host.ephemeral()
 	}
@@ -256,9 +306,12 @@ func (h *hostView) reach(ctx context.Context, name, addr string) error {
 		h.net.mu.RLock()
 		known := h.net.hosts[name] != nil
 		up := h.net.up(h.name, name) && h.net.up(name, h.name)
-		rtt := h.net.links[link{h.name, name}].delay + h.net.links[link{name, h.name}].delay
-		changed := h.net.changed
+		rtt := h.net.links[link{h.name, name}].wait() + h.net.links[link{name, h.name}].wait()
+		changed, dead := h.net.changed, h.dead()
 		h.net.mu.RUnlock()
+		if dead {
+			return h.opError("dial", addr, syscall.ENETDOWN)
+		}
 		if !known {
 			return &net.DNSError{Err: "no such host", Name: name, IsNotFound: true}
 		}
@@ -283,7 +336,7 @@ func (h *hostView) open(name string, port int, addr string) (*memListener, *memC
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
 	l := h.net.hosts[name].listeners[port]
-	if l == nil {
+	if l == nil || h.dead() {
 		return nil, nil, h.opError("dial", addr, syscall.ECONNREFUSED)
 	}
 	there, back := newMemPipe(h.net, h.name, name), newMemPipe(h.net, name, h.name)
@@ -330,7 +383,9 @@ func (l *memListener) Close() error {
 	l.once.Do(func() {
 		n := l.host.net
 		n.mu.Lock()
-		delete(n.hosts[l.host.name].listeners, l.port)
+		if at := n.hosts[l.host.name].listeners; at[l.port] == l {
+			delete(at, l.port)
+		}
 		n.mu.Unlock()
 		close(l.done)
 		for {

@@ -18,6 +18,9 @@ import (
 // Dir is the locked data directory of one replica: node id (UUID), incarnation (boot counter), log and snapshots.
 type Dir = disk.Dir
 
+// Disk is a place for log, votes and snapshots that stands in for the files of a Dir.
+type Disk = disk.Backing
+
 // OpenDir opens or makes the directory, takes its lock and counts the boot. It comes before everything else that is
 // wired: gossip announces the node id. Errors: fault.Conflict when another process has it,
 // fault.Denied when it belongs to another user, fault.Corrupt when it is damaged.
@@ -147,6 +150,8 @@ type Config struct {
 	// MaxCommandBytes bounds one command (default 12 MiB), MaxInFlightBytes all that are under way (default 64 MiB).
 	MaxCommandBytes  int
 	MaxInFlightBytes int64
+	// Disk keeps log, votes and snapshots in place of files in Dir, for simulations. Stop closes it.
+	Disk Disk
 	// NoSync leaves out fdatasync: for tests and `dev` only.
 	NoSync bool
 

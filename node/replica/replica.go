@@ -73,7 +73,7 @@ func New(cfg Config) (*Replica, error) {
 		return nil, err
 	}
 	stores, err := cfg.Dir.Open(disk.Options{
-		Limit: cfg.DiskLimit, NoSync: cfg.NoSync, Retain: 2, Logger: telemetry.HCLog(cfg.Logger), Wrap: cfg.wrapLog,
+		Limit: cfg.DiskLimit, NoSync: cfg.NoSync, Retain: 2, Logger: telemetry.HCLog(cfg.Logger), Wrap: cfg.wrapLog, Backing: cfg.Disk,
 	})
 	if err != nil {
 		return nil, err

@@ -32,6 +32,17 @@ type Options struct {
 	Logger hclog.Logger
 	// Wrap, when set, is put beneath the checks: tests slow or break the store with it.
 	Wrap func(raft.LogStore) raft.LogStore
+	// Backing keeps log, votes and snapshots in place of files. Close closes it.
+	Backing Backing
+}
+
+// Backing is what keeps log, votes and snapshots beneath the checks of this package: files of the directory, or what a
+// simulation gives in their place.
+type Backing interface {
+	raft.LogStore
+	raft.StableStore
+	Snapshots() raft.SnapshotStore
+	Close() error
 }
 
 // Stores is everything that raft.NewRaft wants of a disk.
@@ -42,9 +53,9 @@ type Stores struct {
 	// HasState is true when the directory has ever taken part in a cluster.
 	HasState bool
 
-	bolt *raftboltdb.BoltStore
-	stop chan struct{}
-	once sync.Once
+	backing Backing
+	stop    chan struct{}
+	once    sync.Once
 }
 
 // Release ends waits for a full disk. Call it before Raft is shut down.
@@ -53,12 +64,45 @@ func (s *Stores) Release() { s.once.Do(func() { close(s.stop) }) }
 // Close closes the log. Raft must be shut down before.
 func (s *Stores) Close() error {
 	s.Release()
-	return s.bolt.Close()
+	return s.backing.Close()
 }
 
 // Open opens and verifies the stores: the B+tree, the checksum of every entry, the snapshots, and that log and
 // snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing is ever deleted.
 func (d *Dir) Open(opts Options) (*Stores, error) {
+	backing := opts.Backing
+	if backing == nil {
+		var err error
+		if backing, err = d.openFiles(opts); err != nil {
+			return nil, err
+		}
+	}
+	var store raft.LogStore = backing
+	if opts.Wrap != nil {
+		store = opts.Wrap(store)
+	}
+	watch, stop := newWatch(opts.Limit), make(chan struct{})
+	s := &Stores{
+		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: backing, watch: watch, stop: stop},
+		Snapshots: backing.Snapshots(), backing: backing, stop: stop,
+	}
+	var err error
+	if s.HasState, err = raft.HasExistingState(s.Log, s.Stable, s.Snapshots); err != nil {
+		return nil, errors.Join(fault.As(fault.Corrupt, err, "look for raft state", d.Path), backing.Close())
+	}
+	return s, nil
+}
+
+// files is the backing in the data directory: log and votes in one bbolt file, a directory a snapshot.
+type files struct {
+	*raftboltdb.BoltStore
+	snapshots raft.SnapshotStore
+}
+
+func (f files) Snapshots() raft.SnapshotStore { return f.snapshots }
+
+// openFiles opens and verifies what the directory holds.
+func (d *Dir) openFiles(opts Options) (Backing, error) {
 	path := filepath.Join(d.Path, logFile)
 	held, err := verifyFile(path)
 	if err != nil {
@@ -83,19 +127,7 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, "open raft log", path)
 	}
-	var store raft.LogStore = bolt
-	if opts.Wrap != nil {
-		store = opts.Wrap(store)
-	}
-	watch, stop := newWatch(opts.Limit), make(chan struct{})
-	s := &Stores{
-		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: bolt, watch: watch, stop: stop}, Snapshots: snaps,
-		bolt: bolt, stop: stop,
-	}
-	if s.HasState, err = raft.HasExistingState(s.Log, s.Stable, snaps); err != nil {
-		return nil, errors.Join(fault.As(fault.Corrupt, err, "look for raft state", d.Path), bolt.Close())
-	}
-	return s, nil
+	return files{bolt, snaps}, nil
 }
 
 func damaged(path string, cause error) error {

@@ -6,10 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"sync"
 
-	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -91,17 +89,6 @@ func ServeDatabase(db pluginpb.DatabaseServer, multiplex bool) {
 		version = 6
 	}
 	serve(databaseHandshake, map[int]goplugin.PluginSet{version: {"database": &databasePlugin{db: db, multiplex: multiplex}}})
-}
-
-func serve(h goplugin.HandshakeConfig, sets map[int]goplugin.PluginSet) {
-	goplugin.Serve(&goplugin.ServeConfig{
-		HandshakeConfig:  h,
-		VersionedPlugins: sets,
-		GRPCServer: func(opts []grpc.ServerOption) *grpc.Server {
-			return grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(64<<20))...) // a body of 32 MiB, escaped
-		},
-		Logger: hclog.New(&hclog.LoggerOptions{Level: hclog.Warn, Output: os.Stderr, JSONFormat: true}),
-	})
 }
 
 // InstanceID is the name of the instance that a call is for; "" where the host names none.

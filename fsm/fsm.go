@@ -38,6 +38,7 @@ type FSM struct {
 	view *View
 
 	observers []Observer
+	witnesses []Witness
 }
 
 var (
@@ -48,8 +49,13 @@ var (
 // New makes an empty state machine.
 func New() *FSM { return &FSM{s: newState()} }
 
-// Observe adds an observer. It must be called before raft starts.
-func (f *FSM) Observe(o Observer) { f.observers = append(f.observers, o) }
+// Observe adds an observer, which may be a Witness too. It must be called before raft starts.
+func (f *FSM) Observe(o Observer) {
+	f.observers = append(f.observers, o)
+	if w, ok := o.(Witness); ok {
+		f.witnesses = append(f.witnesses, w)
+	}
+}
 
 // Apply applies one entry and returns its *commandv1.Result, never nil for a command. raft calls it.
 func (f *FSM) Apply(l *raft.Log) any {
@@ -58,6 +64,7 @@ func (f *FSM) Apply(l *raft.Log) any {
 	}
 	f.mu.Lock()
 	res, notes := f.apply(l)
+	f.witness(l, res)
 	f.publish()
 	f.mu.Unlock()
 	f.notify(notes)
@@ -74,6 +81,7 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 			continue
 		}
 		res, n := f.apply(l)
+		f.witness(l, res)
 		out[i], notes = res, append(notes, n...)
 	}
 	f.publish()

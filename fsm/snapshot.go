@@ -141,6 +141,9 @@ func (f *FSM) Restore(in io.ReadCloser) error {
 			"going back would undo what was acknowledged", s.index, f.s.index)
 	}
 	f.s = s
+	for _, w := range f.witnesses {
+		w.Replaced(&View{s: s.copy()})
+	}
 	f.publish()
 	f.mu.Unlock()
 	for _, o := range f.observers {

@@ -57,6 +57,9 @@ type Options struct {
 	Heartbeat time.Duration
 	// SnapshotInterval overrides how often the log is looked at for a snapshot (default: the configuration), for tests.
 	SnapshotInterval time.Duration
+	// Witness, for tests, is asked by New for what shall see every command that this incarnation of the node applies. It
+	// may be nil, and may answer nil.
+	Witness func(nodeID string, incarnation uint64) fsm.Witness
 }
 
 // Node is one member. Its methods may be called from any goroutine; Start and Stop once each.

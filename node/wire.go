@@ -41,6 +41,11 @@ func (n *Node) openReplicaDir() error {
 	n.dir = dir
 	n.life.did("data directory", func(context.Context) error { return dir.Close() })
 	n.state = fsm.New()
+	if n.opt.Witness != nil {
+		if w := n.opt.Witness(dir.NodeID, dir.Incarnation); w != nil {
+			n.state.Observe(w)
+		}
+	}
 	return nil
 }
 

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"rollcall/node/api"
+	"rollcall/node/nodetest/check"
 )
 
 // Load is a set of clients that count numbers up through every node and read them back. It knows what was acknowledged,
@@ -29,9 +30,12 @@ type Load struct {
 	mu         sync.Mutex
 	FirstError string
 	problems   []string
+	record     *check.Recorder
+	mount      string
 	path       string
 	token      string
 	addresses  []string
+	names      []string
 }
 
 // StartLoad starts writers that each count a key of their own up, hot writers that all add to one key, and readers. think is the
@@ -39,12 +43,18 @@ type Load struct {
 func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.Duration) *Load {
 	ctx, cancel := context.WithCancel(c.t.Context())
 	l := &Load{
-		cancel: cancel, path: "/v1/" + strings.Trim(mount, "/") + "/data/", token: c.Token, addresses: c.Addresses(),
+		cancel: cancel, record: c.Record, mount: strings.Trim(mount, "/") + "/", token: c.Token, addresses: c.Addresses(),
 		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: writers + hot + readers}, Timeout: 40 * time.Second},
 	}
-	acked := make([]atomic.Int64, max(writers, 1))
+	l.path = "/v1/" + l.mount + "data/"
+	for _, n := range c.Nodes() {
+		l.names = append(l.names, n.Name())
+	}
+	tried := make([]atomic.Int64, max(writers, 1))
+	clients := 0
 	run := func(i int, f func(ctx context.Context, u *user)) {
-		u := &user{l: l, base: l.addresses[i%len(l.addresses)], seen: map[string]uint64{}}
+		clients++
+		u := l.user(clients, i%len(l.addresses))
 		l.wg.Go(func() {
 			for ctx.Err() == nil {
 				f(ctx, u)
@@ -56,17 +66,14 @@ func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.
 		})
 	}
 	for i := range writers {
-		n := int64(0)
 		run(i, func(ctx context.Context, u *user) {
-			if u.call(ctx, http.MethodPut, "own-"+strconv.Itoa(i), fmt.Sprintf(`{"value":"%d"}`, n+1), nil) {
-				n++
-				acked[i].Store(n)
-			}
+			// A number is never written twice, not even where nobody knows what became of it.
+			u.write(ctx, "own-"+strconv.Itoa(i), tried[i].Add(1))
 		})
 	}
 	for i := range hot {
 		run(i, func(ctx context.Context, u *user) {
-			if u.call(ctx, http.MethodPut, "hot", `{"add":1}`, nil) {
+			if u.add(ctx, "hot") {
 				l.hotAcked.Add(1)
 			}
 		})
@@ -74,10 +81,9 @@ func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.
 	for i := range readers {
 		run(i, func(ctx context.Context, u *user) {
 			k := i % max(writers, 1)
-			var value int64
 			// A reader on another node may be a little behind; what it reads must never be ahead.
-			if u.call(ctx, http.MethodGet, "own-"+strconv.Itoa(k), "", &value) && value > acked[k].Load()+1 {
-				l.problem("read %d of own-%d, but only %d were acknowledged", value, k, acked[k].Load())
+			if value, ok := u.read(ctx, check.Read, "own-"+strconv.Itoa(k)); ok && value > tried[k].Load() {
+				l.problem("read %d of own-%d, but only %d were written", value, k, tried[k].Load())
 			}
 		})
 	}
@@ -96,19 +102,7 @@ func (l *Load) problem(format string, args ...any) {
 func (l *Load) Stop(ctx context.Context) []string {
 	l.cancel()
 	l.wg.Wait()
-	var value int64
-	u := &user{l: l, base: l.addresses[0], seen: map[string]uint64{}}
-	if acked := l.hotAcked.Load(); acked > 0 {
-		// A follower may be behind what another node has acknowledged, for a moment.
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-			if u.call(ctx, http.MethodGet, "hot", "", &value) && value >= acked {
-				break
-			}
-		}
-		if value < acked {
-			l.problem("hot holds %d, but %d additions were acknowledged", value, acked)
-		}
-	}
+	l.final(ctx)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	out := l.problems
@@ -121,61 +115,119 @@ func (l *Load) Stop(ctx context.Context) []string {
 	return out
 }
 
-type user struct {
-	l    *Load
-	base string
-	seen map[string]uint64
+// final reads every key when nothing writes any more, and records what it reads for the checker.
+func (l *Load) final(ctx context.Context) {
+	acked := l.hotAcked.Load()
+	u := l.user(0, 0)
+	if acked > 0 {
+		// A follower may be behind what another node has acknowledged, for a moment.
+		value := int64(0)
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			var ok bool
+			if value, ok = u.read(ctx, check.Read, "hot"); ok && value >= acked {
+				break
+			}
+		}
+		if value < acked {
+			l.problem("hot holds %d, but %d additions were acknowledged", value, acked)
+		}
+		u.read(ctx, check.Final, "hot")
+	}
 }
 
-// call sends one request and reports whether it was answered well. A request that the end of the load cut off counts as
-// nothing, but what it wrote may be there: the checks allow for that.
-func (u *user) call(ctx context.Context, method, key, body string, value *int64) bool {
+type user struct {
+	l      *Load
+	client int
+	base   string
+	node   string
+	seen   map[string]uint64
+}
+
+// user is client number client, which asks the i-th node.
+func (l *Load) user(client, i int) *user {
+	return &user{l: l, client: client, base: l.addresses[i], node: l.names[i], seen: map[string]uint64{}}
+}
+
+func (u *user) invoke(kind check.Kind, key, input string) check.Op {
+	return u.l.record.Invoke(check.Op{Client: u.client, Kind: kind, Node: u.node, Mount: u.l.mount, Key: key, Input: input})
+}
+
+func (u *user) write(ctx context.Context, key string, value int64) bool {
+	op := u.invoke(check.Write, key, strconv.FormatInt(value, 10))
+	ok := u.call(ctx, http.MethodPut, key, fmt.Sprintf(`{"value":"%d"}`, value), &op)
+	u.l.record.Complete(op)
+	return ok
+}
+
+func (u *user) add(ctx context.Context, key string) bool {
+	op := u.invoke(check.Add, key, "1")
+	ok := u.call(ctx, http.MethodPut, key, `{"add":1}`, &op)
+	u.l.record.Complete(op)
+	return ok
+}
+
+func (u *user) read(ctx context.Context, kind check.Kind, key string) (value int64, ok bool) {
+	op := u.invoke(kind, key, "")
+	ok = u.call(ctx, http.MethodGet, key, "", &op)
+	u.l.record.Complete(op)
+	if op.Output != "" {
+		value, _ = strconv.ParseInt(op.Output, 10, 64)
+	}
+	return value, ok
+}
+
+// call sends one request and reports whether it was answered well; op tells the checker what came of it. A request that
+// the end of the load cut off counts as nothing, but what it wrote may be there: the checks allow for that.
+func (u *user) call(ctx context.Context, method, key, body string, op *check.Op) bool {
+	op.Outcome = check.Unknown
 	req, err := http.NewRequestWithContext(ctx, method, u.base+u.l.path+key, strings.NewReader(body))
 	if err != nil {
-		return u.fail(ctx, err)
+		return u.fail(ctx, op, err)
 	}
 	req.Header.Set(api.HeaderToken, u.l.token)
 	resp, err := u.l.http.Do(req)
 	if err != nil {
-		return u.fail(ctx, err)
+		return u.fail(ctx, op, err)
 	}
 	defer resp.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
 	if err != nil {
-		return u.fail(ctx, err)
+		return u.fail(ctx, op, err)
 	}
-	if resp.StatusCode == http.StatusNotFound && method == http.MethodGet {
-		u.l.Sent.Add(1)
-		return true // not written yet
-	}
-	if resp.StatusCode >= http.StatusMultipleChoices && strings.Contains(string(raw), "of its requests") {
+	op.Status = resp.StatusCode
+	switch {
+	case resp.StatusCode == http.StatusNotFound && method == http.MethodGet: // not written yet
+	case resp.StatusCode >= http.StatusMultipleChoices && strings.Contains(string(raw), "of its requests"):
 		u.l.Sent.Add(1)
 		u.l.Told.Add(1)
+		op.Told = true
 		return false
-	}
-	if resp.StatusCode >= http.StatusMultipleChoices {
-		return u.fail(ctx, fmt.Errorf("%s %s at %s: %s %s", method, key, u.base, resp.Status, strings.TrimSpace(string(raw))))
+	case resp.StatusCode >= http.StatusMultipleChoices:
+		if resp.StatusCode == http.StatusServiceUnavailable {
+			op.Outcome = check.Failed // nothing ran
+		}
+		return u.fail(ctx, op, fmt.Errorf("%s %s at %s: %s %s", method, key, u.base, resp.Status, strings.TrimSpace(string(raw))))
 	}
 	u.l.Sent.Add(1)
-	u.generation(resp.Header)
-	if value == nil {
-		return true
-	}
+	op.Outcome = check.OK
+	u.answered(op, resp.Header)
 	var env struct {
 		Data struct {
 			Value string `json:"value"`
 		} `json:"data"`
 	}
-	if json.Unmarshal(raw, &env) == nil && env.Data.Value != "" {
-		*value, _ = strconv.ParseInt(env.Data.Value, 10, 64)
+	if method == http.MethodGet && json.Unmarshal(raw, &env) == nil {
+		op.Output = env.Data.Value
 	}
 	return true
 }
 
-func (u *user) fail(ctx context.Context, err error) bool {
+func (u *user) fail(ctx context.Context, op *check.Op, err error) bool {
 	if ctx.Err() != nil {
+		op.Told = true // the load was ended: nothing is wrong with that
 		return false
 	}
+	op.Cause = err.Error()
 	u.l.Sent.Add(1)
 	u.l.Failed.Add(1)
 	u.l.mu.Lock()
@@ -186,14 +238,16 @@ func (u *user) fail(ctx context.Context, err error) bool {
 	return false
 }
 
-func (u *user) generation(h http.Header) {
+// answered takes over what an answer says of itself.
+func (u *user) answered(op *check.Op, h http.Header) {
 	g, err := strconv.ParseUint(h.Get(api.HeaderGeneration), 10, 64)
 	if err != nil {
 		return
 	}
-	name := h.Get(api.HeaderNode)
-	if g < u.seen[name] {
+	op.By, op.Generation = h.Get(api.HeaderNode), g
+	op.Index, _ = strconv.ParseUint(h.Get(api.HeaderIndex), 10, 64)
+	if g < u.seen[op.By] {
 		u.l.Backwards.Add(1)
 	}
-	u.seen[name] = max(u.seen[name], g)
+	u.seen[op.By] = max(u.seen[op.By], g)
 }

@@ -18,6 +18,7 @@ import (
 
 	"rollcall/node"
 	"rollcall/node/api"
+	"rollcall/node/nodetest/check"
 	"rollcall/node/telemetry"
 	"rollcall/proto/plugin/demoplugin"
 )
@@ -46,8 +47,11 @@ type Cluster struct {
 	t       testing.TB
 	Plugins string
 	Sum     string
-	dir     string
-	log     *logs
+	// Record is everything that happens; it is judged when the test ends.
+	Record *check.Recorder
+	dir    string
+	log    *logs
+	faults map[int]func()
 }
 
 // logs keeps the nodes' log and shows it when the test has failed.
@@ -77,7 +81,10 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &Cluster{t: t, dir: dir, Plugins: filepath.Join(dir, "plugins"), log: &logs{}}
+	c := &Cluster{
+		t: t, dir: dir, Plugins: filepath.Join(dir, "plugins"), log: &logs{}, Record: check.NewRecorder(), faults: map[int]func(){},
+	}
+	c.Record.Describe(func(m *check.Meta) { m.Suite, m.Command = t.Name(), "go test ./node/nodetest -run '^"+t.Name()+"$'" })
 	t.Cleanup(func() {
 		_ = os.RemoveAll(dir)
 		if t.Failed() {
@@ -95,6 +102,7 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 		Nodes: n, Dir: dir, PluginDir: c.Plugins, Logger: logger,
 		Change: func(i int, cfg *node.Config, opt *node.Options) {
 			opt.Heartbeat = heartbeat
+			c.watch(cfg.Name, opt)
 			if change != nil {
 				change(i, cfg, opt)
 			}
@@ -109,6 +117,7 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 		if err := c.Stop(stop); err != nil {
 			t.Errorf("stop the cluster: %v", err)
 		}
+		c.judge()
 	})
 	return c
 }

@@ -215,7 +215,8 @@ func (l *mountLoop) switched(rl *commandv1.Reload, plan SwitchPlan, done *Switch
 	}
 	l.failing, l.notBefore, l.since, l.drain = 0, time.Time{}, time.Time{}, drainTries{}
 	to := facts(want.GetSpec(), want.GetGeneration(), sp.proc.PID())
-	if l.story == nil || l.story.generation != want.GetGeneration() {
+	again := l.story != nil && l.story.generation == want.GetGeneration()
+	if !again {
 		from := &commandv1.ProcessFacts{}
 		if old != nil {
 			from = facts(old.wanted.GetSpec(), old.wanted.GetGeneration(), old.proc.PID())
@@ -238,7 +239,7 @@ func (l *mountLoop) switched(rl *commandv1.Reload, plan SwitchPlan, done *Switch
 	l.r.metrics.holds.WithLabelValues("switched").Observe(done.HoldFor.Seconds())
 	l.log.Info("switched", "reload_id", want.GetReloadId(), "generation", want.GetGeneration(), "leader", plan.Role.Leader,
 		"version", want.GetSpec().GetVersion(), "pid", sp.proc.PID(), "hold", done.HoldFor,
-		"old_generation", l.story.from.GetGeneration())
+		"old_generation", l.story.from.GetGeneration(), "again", again)
 	if old != nil {
 		l.retire(old, alive)
 	}

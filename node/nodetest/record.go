@@ -1,0 +1,56 @@
+package nodetest
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"rollcall/node"
+	"rollcall/node/nodetest/check"
+)
+
+// watch lets the recorder see what a node does.
+func (c *Cluster) watch(name string, opt *node.Options) {
+	c.Record.Describe(func(m *check.Meta) { m.Nodes = append(m.Nodes, name) })
+	n := c.Record.Node(name)
+	opt.Logger, opt.Witness = slog.New(n.Handler(opt.Logger.Handler())), n.Witness
+}
+
+// StopNode stops node i, and records that it is away.
+func (c *Cluster) StopNode(ctx context.Context, i int) error {
+	c.faults[i] = c.Record.Fault("stop", c.Node(i).Name(), "gracefully")
+	return c.Local.StopNode(ctx, i)
+}
+
+// StartNode starts node i again.
+func (c *Cluster) StartNode(ctx context.Context, i int) error {
+	err := c.Local.StartNode(ctx, i)
+	if healed := c.faults[i]; healed != nil && err == nil {
+		healed()
+	}
+	return err
+}
+
+// judge checks the record when everything has ended. A run that is not good is kept, so that it can be judged again.
+func (c *Cluster) judge() {
+	c.t.Helper()
+	run := c.Record.Run()
+	report := check.Check(run)
+	c.t.Log(report)
+	if report.Good() && os.Getenv("ROLLCALL_RUNS") == "" {
+		return
+	}
+	parent := os.Getenv("ROLLCALL_RUNS")
+	if parent == "" {
+		parent = os.TempDir()
+	}
+	dir := filepath.Join(parent, "run-"+strings.NewReplacer("/", "-", " ", "-").Replace(c.t.Name()))
+	if err := run.Save(dir); err != nil {
+		c.t.Errorf("keep the run: %v", err)
+	}
+	if !report.Good() {
+		c.t.Errorf("%v\nthe run is in %s; judge it again with: go test ./node/nodetest/check -run Judge -dir %s", report.Err(), dir, dir)
+	}
+}

@@ -20,7 +20,7 @@ const modulePath = "rollcall"
 // ("node/replica/internal/disk" to "node/replica").
 var floors = map[string]int{
 	"proto/command": 1, "proto/peer": 1, "proto/plugin": 1,
-	"node/fault": 1, "node/api": 1, "node/telemetry": 1,
+	"node/fault": 1, "node/api": 1, "node/telemetry": 1, "node/seal": 1,
 
 	"fsm": 2, "transport": 2, "node/supervisor": 2, "node/policy": 2,
 
@@ -39,6 +39,7 @@ var sideways = map[[2]string]string{
 	{"cmd/rollcall", "cmd/rollcall/client"}: "the binary holds the client's verbs",
 	{"node/api", "node/fault"}:              "the table of kinds and statuses; fault is a leaf that everyone may use",
 	{"node/telemetry", "node/fault"}:        "fault is a leaf that everyone may use",
+	{"node/seal", "node/fault"}:             "fault is a leaf that everyone may use",
 	{"proto/plugin", "node/fault"}:          "fault is a leaf that everyone may use",
 	{"deploy/e2e", "node/nodetest"}:         "the same checkers judge processes and in-process clusters",
 }
@@ -46,6 +47,7 @@ var sideways = map[[2]string]string{
 // only narrows a room to a few others, whatever the floors would allow.
 var only = map[string][]string{
 	"node/fault":          {},
+	"node/seal":           {"node/fault"},
 	"fsm":                 {"node/fault", "proto/command"},
 	"cmd/rollcall/client": {"node/api", "node/fault"},
 }

@@ -27,6 +27,7 @@ const (
 	candidatesFile  = "bootstrap_candidates"
 	clusterFile     = "cluster_id"
 	logFile         = "raft.db"
+	ringFile        = "keyring"
 )
 
 // Dir is the directory of one replica, locked for this process. It is made by OpenDir and released by Close.

@@ -18,11 +18,13 @@ import (
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// Log is the Raft log with a CRC-32C per entry. The checksum stands at the end of the entry's Extensions on disk only:
-// it is added when an entry is stored and taken off when it is read, so it never travels and callers never see it.
+// Log is the Raft log with a CRC-32C per entry, and, where there is a keyring, with each entry sealed beneath it. Both
+// stand at the end of the entry's Extensions on disk only: they are added when an entry is stored and taken off when it
+// is read, so they never travel and callers never see them.
 type Log struct {
 	inner     raft.LogStore
 	watch     *Watch
+	vault     *vault // nil where nothing is sealed
 	onCorrupt atomic.Pointer[func(error)]
 }
 
@@ -55,7 +57,10 @@ func (l *Log) GetLog(index uint64, out *raft.Log) error {
 		if err := l.inner.GetLog(index, out); err != nil {
 			return err
 		}
-		if err := unseal(out); err != nil {
+		if err := verify(out); err != nil {
+			return err
+		}
+		if err := l.vault.unlock(out); err != nil {
 			return err
 		}
 		if out.Index != index {
@@ -72,22 +77,26 @@ func (l *Log) GetLog(index uint64, out *raft.Log) error {
 // StoreLog is raft.LogStore's.
 func (l *Log) StoreLog(log *raft.Log) error { return l.StoreLogs([]*raft.Log{log}) }
 
-// StoreLogs seals copies of the entries and stores them under the watch.
+// StoreLogs seals and stamps copies of the entries and stores them under the watch.
 func (l *Log) StoreLogs(logs []*raft.Log) error {
-	sealed := make([]*raft.Log, len(logs))
-	for i, log := range logs {
-		sealed[i] = seal(log)
+	stamped := make([]*raft.Log, len(logs))
+	for i, log := range l.vault.lock(logs) {
+		stamped[i] = stamp(log)
 	}
 	return l.report(l.watch.write(func() error {
-		return Guarded("write raft log", "", func() error { return l.inner.StoreLogs(sealed) })
+		return Guarded("write raft log", "", func() error { return l.inner.StoreLogs(stamped) })
 	}))
 }
 
-// DeleteRange is raft.LogStore's, under the watch.
+// DeleteRange is raft.LogStore's, under the watch. Data keys that nothing on the disk needs any more go with the entries.
 func (l *Log) DeleteRange(first, last uint64) error {
-	return l.report(l.watch.write(func() error {
+	err := l.report(l.watch.write(func() error {
 		return Guarded("compact raft log", "", func() error { return l.inner.DeleteRange(first, last) })
 	}))
+	if err == nil {
+		l.vault.retire(l.FirstIndex)
+	}
+	return err
 }
 
 func (l *Log) report(err error) error {
@@ -99,15 +108,15 @@ func (l *Log) report(err error) error {
 	return err
 }
 
-// seal returns a copy whose Extensions end in the checksum; the data is shared.
-func seal(log *raft.Log) *raft.Log {
+// stamp returns a copy whose Extensions end in the checksum; the data is shared.
+func stamp(log *raft.Log) *raft.Log {
 	c := *log
 	c.Extensions = binary.BigEndian.AppendUint32(append(make([]byte, 0, len(log.Extensions)+4), log.Extensions...), sum(log))
 	return &c
 }
 
-// unseal verifies the checksum and takes it off.
-func unseal(log *raft.Log) error {
+// verify compares the checksum and takes it off.
+func verify(log *raft.Log) error {
 	n := len(log.Extensions) - 4
 	if n < 0 {
 		return fault.New(fault.Corrupt, "read raft log", "", "entry %d carries no checksum", log.Index)
@@ -134,23 +143,23 @@ func sum(log *raft.Log) uint32 {
 	return crc32.Update(c, castagnoli, log.Extensions)
 }
 
-// checkRecord verifies one record as it stands in the file.
-func checkRecord(key, value []byte) (uint64, error) {
+// checkRecord verifies one record as it stands in the file, and returns it as it is there: sealed, if it is.
+func checkRecord(key, value []byte) (*raft.Log, error) {
 	if len(key) != 8 {
-		return 0, fault.New(fault.Corrupt, "verify raft log", "", "a key of %d bytes", len(key))
+		return nil, fault.New(fault.Corrupt, "verify raft log", "", "a key of %d bytes", len(key))
 	}
 	index := binary.BigEndian.Uint64(key)
-	var log raft.Log
-	if err := codec.NewDecoderBytes(value, &codec.MsgpackHandle{}).Decode(&log); err != nil {
-		return 0, fmt.Errorf("entry %d: %w", index, err)
+	log := &raft.Log{}
+	if err := codec.NewDecoderBytes(value, &codec.MsgpackHandle{}).Decode(log); err != nil {
+		return nil, fmt.Errorf("entry %d: %w", index, err)
 	}
-	if err := unseal(&log); err != nil {
-		return 0, err
+	if err := verify(log); err != nil {
+		return nil, err
 	}
 	if log.Index != index {
-		return 0, fault.New(fault.Corrupt, "verify raft log", "", "entry %d stands in the place of %d", log.Index, index)
+		return nil, fault.New(fault.Corrupt, "verify raft log", "", "entry %d stands in the place of %d", log.Index, index)
 	}
-	return index, nil
+	return log, nil
 }
 
 // Stable is Raft's vote and term, with a CRC-32C each (a flipped bit in a vote could elect two leaders), under the same

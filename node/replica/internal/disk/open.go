@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime/debug"
 	"sync"
@@ -14,6 +15,7 @@ import (
 	"go.etcd.io/bbolt"
 
 	"rollcall/node/fault"
+	"rollcall/node/seal"
 )
 
 // lockWait bounds how long bbolt waits for its own file lock. Ours on the directory is held already, so a wait means
@@ -30,6 +32,8 @@ type Options struct {
 	Retain int
 	// Logger is for the snapshot store.
 	Logger hclog.Logger
+	// Keys are what the keyring is locked with. Nil: nothing is sealed, and a directory that is sealed is refused.
+	Keys *seal.Keys
 	// Wrap, when set, is put beneath the checks: tests slow or break the store with it.
 	Wrap func(raft.LogStore) raft.LogStore
 	// Backing keeps log, votes and snapshots in place of files. Close closes it.
@@ -50,6 +54,8 @@ type Stores struct {
 	Log       *Log
 	Stable    *Stable
 	Snapshots raft.SnapshotStore
+	// Ring seals what is in them; nil where nothing is sealed.
+	Ring *seal.Ring
 	// HasState is true when the directory has ever taken part in a cluster.
 	HasState bool
 
@@ -68,23 +74,43 @@ func (s *Stores) Close() error {
 }
 
 // Open opens and verifies the stores: the B+tree, the checksum of every entry, the snapshots, and that log and
-// snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing is ever deleted.
+// snapshots meet without a gap. Damage is fault.Corrupt and says what to do. Nothing that is sound is ever deleted. With
+// opts.Keys it opens the keyring too, and seals first what a directory holds unsealed; fault.Denied without the right
+// key, fault.Invalid when the directory is sealed and there are no keys at all.
 func (d *Dir) Open(opts Options) (*Stores, error) {
-	backing := opts.Backing
-	if backing == nil {
-		var err error
-		if backing, err = d.openFiles(opts); err != nil {
-			return nil, err
-		}
+	if opts.Logger == nil {
+		opts.Logger = hclog.NewNullLogger()
 	}
+	if opts.Backing != nil {
+		if opts.Keys != nil {
+			return nil, fault.New(fault.Invalid, "open data directory", d.Path, "what is no file cannot be sealed")
+		}
+		return d.stores(opts, opts.Backing, nil)
+	}
+	backing, err := d.openFiles(opts)
+	if err != nil {
+		return nil, err
+	}
+	s, err := d.stores(opts, backing, backing.snapshots.vault)
+	if err == nil && s.Ring != nil {
+		backing.snapshots.vault.retire(s.Log.FirstIndex)
+	}
+	return s, err
+}
+
+// stores puts the checks and the watch on top of what keeps the bytes.
+func (d *Dir) stores(opts Options, backing Backing, v *vault) (*Stores, error) {
 	var store raft.LogStore = backing
 	if opts.Wrap != nil {
 		store = opts.Wrap(store)
 	}
 	watch, stop := newWatch(opts.Limit), make(chan struct{})
 	s := &Stores{
-		Log: &Log{inner: store, watch: watch}, Stable: &Stable{inner: backing, watch: watch, stop: stop},
+		Log: &Log{inner: store, watch: watch, vault: v}, Stable: &Stable{inner: backing, watch: watch, stop: stop},
 		Snapshots: backing.Snapshots(), backing: backing, stop: stop,
+	}
+	if v != nil {
+		s.Ring = v.ring
 	}
 	var err error
 	if s.HasState, err = raft.HasExistingState(s.Log, s.Stable, s.Snapshots); err != nil {
@@ -96,27 +122,51 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 // files is the backing in the data directory: log and votes in one bbolt file, a directory a snapshot.
 type files struct {
 	*raftboltdb.BoltStore
-	snapshots raft.SnapshotStore
+	snapshots *snapshots
 }
 
-func (f files) Snapshots() raft.SnapshotStore { return f.snapshots }
+// Snapshots is Backing's.
+func (f *files) Snapshots() raft.SnapshotStore { return f.snapshots }
 
 // openFiles opens and verifies what the directory holds.
-func (d *Dir) openFiles(opts Options) (Backing, error) {
+func (d *Dir) openFiles(opts Options) (*files, error) {
 	path := filepath.Join(d.Path, logFile)
 	held, err := verifyFile(path)
 	if err != nil {
 		return nil, err
 	}
-	snaps, err := d.openSnapshots(opts, held)
+	raw, err := d.openSnapshots(opts)
 	if err != nil {
 		return nil, err
 	}
-	var bolt *raftboltdb.BoltStore
+	v, err := d.openVault(opts, raw, held)
+	if err != nil {
+		return nil, err
+	}
+	snaps := &snapshots{inner: raw, dir: filepath.Join(d.Path, snapshotDir), vault: v}
+	if err := checkSnapshots(d.Path, snaps, held); err != nil {
+		return nil, err
+	}
+	if v != nil && v.ring.Opening() {
+		if held, err = d.sealAll(opts, snaps); err != nil {
+			return nil, fault.Wrap(err, "seal data directory", d.Path)
+		}
+	}
+	if v != nil {
+		v.watchOver(held, snaps, opts.Logger)
+	}
+	bolt, err := openBolt(path, opts.NoSync)
+	if err != nil {
+		return nil, err
+	}
+	return &files{bolt, snaps}, nil
+}
+
+func openBolt(path string, noSync bool) (bolt *raftboltdb.BoltStore, err error) {
 	err = Guarded("open raft log", path, func() (err error) {
 		bolt, err = raftboltdb.New(raftboltdb.Options{
 			Path:   path,
-			NoSync: opts.NoSync,
+			NoSync: noSync,
 			BoltOptions: &bbolt.Options{
 				Timeout: lockWait, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType,
 			},
@@ -124,10 +174,7 @@ func (d *Dir) openFiles(opts Options) (Backing, error) {
 		})
 		return err
 	})
-	if err != nil {
-		return nil, fault.Wrap(err, "open raft log", path)
-	}
-	return files{bolt, snaps}, nil
+	return bolt, fault.Wrap(err, "open raft log", path)
 }
 
 func damaged(path string, cause error) error {
@@ -136,38 +183,40 @@ func damaged(path string, cause error) error {
 			"and start it again under the same name, and it rejoins as a replaced disk", cause)
 }
 
-// openSnapshots opens the store and proves that some readable snapshot reaches the log's first entry.
-func (d *Dir) openSnapshots(opts Options, held extent) (raft.SnapshotStore, error) {
-	logger := opts.Logger
-	if logger == nil {
-		logger = hclog.NewNullLogger()
-	}
-	store, err := raft.NewFileSnapshotStoreWithLogger(d.Path, max(opts.Retain, 2), logger)
+// openSnapshots opens raft's own store of snapshots.
+func (d *Dir) openSnapshots(opts Options) (*raft.FileSnapshotStore, error) {
+	store, err := raft.NewFileSnapshotStoreWithLogger(d.Path, max(opts.Retain, 2), opts.Logger)
 	if err != nil {
 		return nil, fault.As(fault.Invalid, err, "open snapshots", d.Path)
 	}
+	if err := os.Chmod(filepath.Join(d.Path, snapshotDir), 0o700); err != nil {
+		return nil, fault.As(fault.Invalid, err, "open snapshots", d.Path)
+	}
+	return store, nil
+}
+
+// checkSnapshots proves that some readable snapshot reaches the log's first entry.
+func checkSnapshots(path string, store *snapshots, held extent) error {
 	metas, err := store.List()
 	if err != nil {
-		return nil, fault.As(fault.Corrupt, err, "list snapshots", d.Path)
+		return fault.As(fault.Corrupt, err, "list snapshots", path)
 	}
 	var newest uint64
 	var broken []error
 	for _, m := range metas {
-		_, body, err := store.Open(m.ID) // Open reads it all and compares the checksum
-		if err != nil {
+		if err := store.check(m.ID); err != nil {
 			broken = append(broken, fmt.Errorf("snapshot %s: %w", m.ID, err))
 			continue
 		}
-		_ = body.Close()
 		newest = max(newest, m.Index)
 	}
 	if len(metas) > 0 && len(broken) == len(metas) || held.First > newest+1 {
-		return nil, fault.New(fault.Corrupt, "open snapshots", d.Path,
+		return fault.New(fault.Corrupt, "open snapshots", path,
 			"no readable snapshot reaches the log's first entry %d (last entry %d, best snapshot %d): %w. "+
 				"Move this node's data directory away and start it again under the same name", held.First, held.Last, newest,
 			errors.Join(append(broken, errors.New("the state between them is not on this disk"))...))
 	}
-	return store, nil
+	return nil
 }
 
 // Guarded runs f so that a panic in it, and a fault on memory-mapped bytes that the file no longer has, come back as

@@ -9,6 +9,7 @@ import (
 	"os"
 
 	"rollcall/node/fault"
+	"rollcall/node/seal"
 )
 
 // The file format of bbolt (go.etcd.io/bbolt/internal/common, version 2), as far as reading needs it. bbolt cannot be
@@ -31,6 +32,9 @@ const (
 type extent struct {
 	// First is where the last run without a gap begins, Last where it ends; both 0 for an empty log.
 	First, Last uint64
+	// Plain counts the entries that are not sealed; Sealed has, for each data key, the last entry that it has sealed.
+	Plain  uint64
+	Sealed map[uint32]uint64
 }
 
 // verifier reads a whole log file once and checks every page that is in use: place, layout, order, and the checksum of
@@ -66,7 +70,7 @@ func verifyFile(path string) (extent, error) {
 	if info.Size() == 0 {
 		return extent{}, nil // the first boot was cut short before anything was written
 	}
-	v := &verifier{file: f, size: info.Size(), seen: map[uint64]bool{}}
+	v := &verifier{file: f, size: info.Size(), seen: map[uint64]bool{}, extent: extent{Sealed: map[uint32]uint64{}}}
 	if err := v.run(); err != nil {
 		if fault.KindOf(err) != fault.Corrupt {
 			return extent{}, fault.As(fault.Internal, err, "read raft log", path)
@@ -103,9 +107,15 @@ func (v *verifier) run() error {
 
 // entry checks one entry of the log and its place behind the last one.
 func (v *verifier) entry(_ uint32, key, value []byte) error {
-	index, err := checkRecord(key, value)
+	log, err := checkRecord(key, value)
 	if err != nil {
 		return err
+	}
+	index := log.Index
+	if id, sealed := seal.IsMark(log.Extensions); sealed {
+		v.extent.Sealed[id] = index
+	} else {
+		v.extent.Plain++
 	}
 	if index != v.extent.Last+1 {
 		v.extent.First = index

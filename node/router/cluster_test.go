@@ -104,6 +104,9 @@ func TestAFollowersReadThatFailsWhileStorageMovesIsAskedOfTheLeader(t *testing.T
 	if r := <-read; r.err != nil || field(r.resp, "name") != "n1" {
 		t.Fatalf("%+v", r)
 	}
+	if reads := c.nodes[1].router.Traffic("uuid-kv/").GetReads(); reads.GetRequests() != 1 || reads.GetFailed() != 1 {
+		t.Fatalf("the gate is not told that the follower's plugin failed: %+v", reads)
+	}
 	_, err := c.nodes[1].do(opRead, "kv/torn", "")
 	if wantKind(t, err, fault.Internal); err.Error() != "could not find version data" {
 		t.Fatalf("nothing moved, and yet: %v", err)

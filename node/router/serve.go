@@ -26,6 +26,7 @@ type passage struct {
 	// lane says where it may run; it changes from readLane to writeLane when only the leader's instance can answer.
 	lane int
 
+	from       time.Time
 	waited     time.Duration
 	around     *around
 	generation uint64
@@ -59,7 +60,7 @@ func (r *Router) handle(ctx context.Context, req *Request) (*Response, error) {
 		defer cancel()
 	}
 	rt := r.route(m.GetUuid())
-	p := &passage{r: r, rt: rt, req: req, v: v, m: m, rest: rest, lane: laneOf(req.Operation, m, rt)}
+	p := &passage{r: r, rt: rt, req: req, v: v, m: m, rest: rest, from: from, lane: laneOf(req.Operation, m, rt)}
 	p.around = rt.meter.arrive()
 	resp, err := p.travel(ctx)
 	took := time.Since(from)
@@ -268,6 +269,11 @@ func (p *passage) judge(in *instance, resp *Response, err error, moved bool) (af
 		// A follower's plugin holds no lock against the entries that the leader's writes are: it may have found one key
 		// without the other that was written before it (KV, "could not find version data").
 		torn := moved && fault.Is(err, fault.Internal)
+		if torn {
+			// The client will not see this failure, but the gate of a canary must: what the leader answers, on the old
+			// generation, does not excuse the new one.
+			p.rt.meter.done(readLane, p.generation, time.Since(p.from), true)
+		}
 		if torn || needsLeader(resp.Plugin, err) {
 			p.retried++
 			return leader, fault.Text(fault.ReadOnly, "this read needs the leader's instance")

@@ -46,6 +46,22 @@ func (e *entry) dispatchAccess(cmd *commandv1.Command) error {
 	}
 }
 
+// auditSaltSize is that of the hash it goes into.
+const auditSaltSize = sha256.Size
+
+// setAuditSalt enters the salt of audit records, once.
+func (e *entry) setAuditSalt(c *commandv1.SetAuditSalt) error {
+	switch {
+	case len(c.GetSalt()) < auditSaltSize || len(c.GetSalt()) > maxName:
+		return invalid("the salt of audit records has at least %d bytes", auditSaltSize)
+	case e.auditSalt != "":
+		e.res.Repeated = true
+		return nil
+	}
+	e.auditSalt = string(c.GetSalt())
+	return nil
+}
+
 func checkToken(t *commandv1.Token) error {
 	switch {
 	case len(t.GetHash()) != sha256.Size:

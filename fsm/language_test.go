@@ -28,6 +28,8 @@ func (w *world) parse(line string) *commandv1.Command {
 		c.Body = &commandv1.Command_RemoveNode{RemoveNode: &commandv1.RemoveNode{NodeId: a.at(0), Why: a.str("why", "")}}
 	case "restored":
 		c.Body = &commandv1.Command_Restored{Restored: &commandv1.Restored{}}
+	case "audit-salt":
+		c.Body = &commandv1.Command_SetAuditSalt{SetAuditSalt: &commandv1.SetAuditSalt{Salt: []byte(a.at(0))}}
 	case "register", "deregister", "pin", "unpin":
 		w.parseCatalog(c, verb, a)
 	case "enable", "disable", "tune", "move":

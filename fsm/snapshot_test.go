@@ -6,6 +6,7 @@ import (
 	"errors"
 	"hash/crc32"
 	"io"
+	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -247,4 +248,36 @@ func TestPersistClosesItsSinkOrCancelsIt(t *testing.T) {
 		t.Fatalf("a full disk: %v, closed %v, canceled %v", err, bad.closed, bad.canceled)
 	}
 	snap.Release()
+}
+
+func TestTheFirstSaltOfAuditRecordsStands(t *testing.T) {
+	w := newWorld(t)
+	first, second := strings.Repeat("1", 32), strings.Repeat("2", 32)
+	w.play("init")
+	old := snapshotBytes(t, w.f) // of before there were salts
+	for line, want := range map[string]string{
+		"audit-salt short":                       "invalid: ",
+		"audit-salt " + strings.Repeat("x", 600): "invalid: ",
+	} {
+		if got := w.play(line); !strings.Contains(got, want) || w.f.View().AuditSalt() != "" {
+			t.Errorf("%s", got)
+		}
+	}
+	w.play("audit-salt " + first) // play restores a snapshot of it, too
+	if got := w.play("audit-salt " + second); !strings.Contains(got, "(repeated)") {
+		t.Errorf("%s", got)
+	}
+	if got := w.f.View().AuditSalt(); got != first {
+		t.Errorf("the salt is %q", got)
+	}
+	var rebased bytes.Buffer
+	if err := Rebase(w.f.View(), bytes.NewReader(old), &rebased); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.f.Restore(readCloser{bytes.NewReader(rebased.Bytes())}); err != nil {
+		t.Fatal(err)
+	}
+	if got := w.f.View().AuditSalt(); got != first {
+		t.Errorf("after an operator's restore the salt is %q: nothing that was hashed is found any more", got)
+	}
 }

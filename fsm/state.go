@@ -20,6 +20,7 @@ type state struct {
 	clock       uint64
 	clusterID   string
 	clusterName string
+	auditSalt   string
 
 	nodes      table[*commandv1.Node]         // id
 	plugins    table[*commandv1.Plugin]       // type, name, version

@@ -23,6 +23,9 @@ func (v *View) ClusterID() string { return v.s.clusterID }
 // ClusterName is the cluster's name for people.
 func (v *View) ClusterName() string { return v.s.clusterName }
 
+// AuditSalt is what audit records are hashed with; empty until a leader has entered one. It is a secret.
+func (v *View) AuditSalt() string { return v.s.auditSalt }
+
 // ClockNS is the log's clock in nanoseconds: the sum of what entries said has elapsed. Only it decides expiry.
 func (v *View) ClockNS() uint64 { return v.s.clock }
 

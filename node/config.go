@@ -59,6 +59,8 @@ type Config struct {
 	Plugins PluginsConfig `key:"plugins"`
 	// Reload bounds reloads and what is remembered of them.
 	Reload ReloadConfig `key:"reload"`
+	// Audit is where this node writes down who asked what.
+	Audit AuditConfig `key:"audit"`
 	// Log is where this node speaks.
 	Log LogConfig `key:"log"`
 	// Telemetry is what this node counts.
@@ -203,6 +205,21 @@ type ReloadConfig struct {
 	StartParallelism int `key:"start_parallelism"`
 }
 
+// AuditConfig is where this node writes down who asked what, and what they were answered. It is set here alone: no call of
+// the API can name a file, for that would be a way to write one.
+type AuditConfig struct {
+	// File takes a line of JSON for each request that this node is asked and one for each answer, before the answer is
+	// given; what cannot be recorded is not done. An absolute path, outside DataDir and PluginDir, in a directory that
+	// exists; the file is made, with mode 0600. SIGHUP opens it anew, for log rotation. Default: none, nothing is recorded.
+	File string `key:"file"`
+	// HMACAccessor hashes the accessors of tokens, too. Default true. false: whoever reads the file can name tokens to
+	// revoke, and so can who must.
+	HMACAccessor bool `key:"hmac_accessor"`
+	// Headers are the request headers that records hold, as they came. Default: user-agent and x-correlation-id. Never a
+	// header that carries a secret.
+	Headers []string `key:"headers"`
+}
+
 // LogConfig is where this node speaks: standard error.
 type LogConfig struct {
 	// Level is trace, debug, info, warn or error. Default info. debug and below say a line per message.
@@ -246,6 +263,7 @@ func DefaultConfig() Config {
 			QueueDeadline: 10 * time.Minute, PrepareDeadline: 2 * time.Minute, RunDeadline: 10 * time.Minute,
 			StartParallelism: 8,
 		},
+		Audit:     AuditConfig{HMACAccessor: true, Headers: []string{"user-agent", "x-correlation-id"}},
 		Log:       LogConfig{Level: "info", Format: "text"},
 		Telemetry: TelemetryConfig{Prometheus: true},
 	}

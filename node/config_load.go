@@ -104,6 +104,9 @@ func (k key) text() string {
 		return ""
 	}
 	text := fmt.Sprint(k.value.Interface())
+	if list, ok := k.value.Interface().([]string); ok {
+		return strings.Join(list, ",")
+	}
 	if k.value.Type() == durationType {
 		text = strings.TrimSuffix(text, "m0s") + strings.Repeat("m", strings.Count(text, "m0s"))
 		text = strings.TrimSuffix(text, "h0m") + strings.Repeat("h", strings.Count(text, "h0m"))

@@ -24,8 +24,9 @@ import (
 const maxSocketDir = 40
 
 var (
-	namePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
-	envPattern  = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+	namePattern   = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+	headerPattern = regexp.MustCompile(`^[A-Za-z0-9-]{1,64}$`)
+	envPattern    = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 )
 
 // problems collects what is wrong, each with its key.
@@ -52,6 +53,7 @@ func (c *Config) Validate() error {
 	c.validateRaft(p)
 	c.validatePlugins(p)
 	c.validateReload(p)
+	c.validateAudit(p)
 	if _, err := telemetry.ParseLevel(c.Log.Level); err != nil {
 		p.add("log.level", "%v", err)
 	}
@@ -258,6 +260,29 @@ func (c *Config) validateReload(p *problems) {
 	p.duration("reload.queue_deadline", r.QueueDeadline, time.Second, 24*time.Hour)
 	p.duration("reload.prepare_deadline", r.PrepareDeadline, c.Plugins.StartTimeout, time.Hour)
 	p.duration("reload.run_deadline", r.RunDeadline, r.PrepareDeadline, 24*time.Hour)
+}
+
+// secretHeaders carry what opens doors, or may.
+var secretHeaders = []string{"authorization", "proxy-authorization", "cookie", "set-cookie", "x-vault-token"}
+
+func (c *Config) validateAudit(p *problems) {
+	for _, h := range c.Audit.Headers {
+		p.unless(headerPattern.MatchString(h), "audit.headers", "%q is not the name of a header", h)
+		p.unless(!slices.Contains(secretHeaders, strings.ToLower(h)), "audit.headers",
+			"%s carries secrets, which audit records must not hold in clear", h)
+	}
+	p.unless(len(c.Audit.Headers) <= 32, "audit.headers", "%d headers are more than 32", len(c.Audit.Headers))
+	file := c.Audit.File
+	if file == "" {
+		return
+	}
+	p.unless(filepath.IsAbs(file) && filepath.Clean(file) == file, "audit.file", "%q is not an absolute path without detours", file)
+	for _, dir := range []struct{ key, path string }{
+		{"data_dir", c.DataDir}, {"plugin_dir", c.PluginDir}, {"socket_dir", c.SocketDir},
+	} {
+		p.unless(dir.path == "" || !within(dir.path, file), "audit.file", "%s lies inside %s: a log must not stand where "+
+			"programs are started from, nor among what the node keeps", file, dir.key)
+	}
 }
 
 func (p *problems) number(key string, n, least, most int) {

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"rollcall/fsm"
+	"rollcall/node/audit"
 	"rollcall/node/fault"
 	"rollcall/node/gossip"
 	"rollcall/node/httpd"
@@ -55,6 +56,8 @@ type Options struct {
 	NoSync bool
 	// Heartbeat overrides Raft's timers (default 500 ms times the multiplier), for tests.
 	Heartbeat time.Duration
+	// Hangup has the audit file opened anew at each value: SIGHUP, where a process is told of a rotated log. nil: never.
+	Hangup <-chan os.Signal
 	// SnapshotInterval overrides how often the log is looked at for a snapshot (default: the configuration), for tests.
 	SnapshotInterval time.Duration
 	// Witness, for tests, is asked by New for what shall see every command that this incarnation of the node applies. It
@@ -82,6 +85,7 @@ type Node struct {
 	leases    *lease.Keeper
 	reloads   *reload.Reloads
 	gossip    *gossip.Gossip
+	audit     *audit.Device // nil without audit.file
 	door      *httpd.Server
 	http      *http.Server
 	listener  net.Listener
@@ -89,6 +93,7 @@ type Node struct {
 	ready atomic.Bool
 	fatal chan error
 	rotor rotor
+	hangs hangups
 }
 
 // New opens the data directory, binds the ports and wires the rooms together. Nothing is started; on an error
@@ -134,6 +139,7 @@ func (n *Node) open() error {
 		{"gossip", n.openGossip},
 		{"replica", n.openReplica},
 		{"reloads", n.openReloads},
+		{"audit device", n.openAudit},
 		{"http", n.openHTTP},
 	} {
 		if err := build.run(); err != nil {
@@ -155,6 +161,7 @@ func (n *Node) Start(ctx context.Context) error {
 		{"gossip", n.startGossip, n.stopGossip},
 		{"reloads", func() error { return n.reloads.Start(ctx) }, n.reloads.Stop},
 		{"replica", func() error { return n.replica.Start(ctx) }, n.replica.Stop},
+		{"hangups", n.startHangups, n.stopHangups},
 		{"http", n.startHTTP, n.stopHTTP},
 	} {
 		if err := s.start(); err != nil {

@@ -157,6 +157,7 @@ func (n *Node) openReloads() error {
 	n.state.Observe(restoredOnly{n.reloads})
 	n.replica.LeaderContext(n.reloads.Lead)
 	n.replica.LeaderContext(n.leases.Lead)
+	n.replica.LeaderContext(n.saltAudit)
 	server := n.transport.Server()
 	peerv1.RegisterReloadServer(server, n.reloads.Server())
 	peerv1.RegisterForwardServer(server, n.router.ForwardServer())
@@ -175,10 +176,14 @@ func (n *Node) openHTTP() error {
 		gatherer = n.reg
 	}
 	var err error
+	var auditor httpd.Auditor
+	if n.audit != nil {
+		auditor = n.audit
+	}
 	n.door, err = httpd.New(httpd.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, Version: APIVersion, Started: n.since, State: n.state, Replica: n.replica,
 		Router: pluginRoutes{n.router}, Plugins: &inventory{n}, Cluster: &cluster{n}, Leases: leases{n.leases},
-		Policies: policy.NewEngine(), Gatherer: gatherer, Registerer: n.reg, Logger: n.component("http"),
+		Policies: policy.NewEngine(), Audit: auditor, Gatherer: gatherer, Registerer: n.reg, Logger: n.component("http"),
 	})
 	if err != nil {
 		return err

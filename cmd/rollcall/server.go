@@ -82,7 +82,10 @@ func serve(ctx context.Context, stderr io.Writer, cfg node.Config, warnings []st
 	if os.Getpid() == 1 || runtime.GOOS == "linux" {
 		go supervisor.Reap(ctx)
 	}
-	err = node.Run(ctx, cfg, node.Options{Logger: logger, Registry: registry})
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	err = node.Run(ctx, cfg, node.Options{Logger: logger, Registry: registry, Hangup: hangup})
 	if fault.Is(err, fault.Canceled) {
 		return nil // it has left the cluster, as it was asked to
 	}

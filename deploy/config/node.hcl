@@ -83,6 +83,12 @@ reload {
   start_parallelism = 8
 }
 
+audit {
+  file          = "/var/log/rollcall/audit.log" # example: none
+  hmac_accessor = true
+  headers       = ["user-agent", "x-correlation-id"]
+}
+
 log {
   level  = "info"
   format = "text"

@@ -82,6 +82,8 @@ type Config struct {
 	Leases  Leases
 	// Policies decides what a token may do.
 	Policies *policy.Engine
+	// Audit takes a record of each request and of each answer. nil: none are written.
+	Audit Auditor
 	// Gatherer feeds sys/metrics. nil: sys/metrics says that it is not enabled.
 	Gatherer   prometheus.Gatherer
 	Registerer prometheus.Registerer

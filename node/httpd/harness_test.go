@@ -212,6 +212,13 @@ func (w *world) call(method, path, body string, headers ...string) *answer {
 	return a
 }
 
+// shortly is a context for what ends with its client alone.
+func (w *world) shortly() context.Context {
+	ctx, cancel := context.WithTimeout(w.t.Context(), 100*time.Millisecond)
+	w.t.Cleanup(cancel)
+	return ctx
+}
+
 // as is call with another token.
 func (w *world) as(token, method, path, body string, headers ...string) *answer {
 	w.t.Helper()

@@ -29,7 +29,7 @@ var openRoutes = []string{
 // sudoRoutes need the sudo capability (CONTRACT 1.4), besides the operation's own.
 var sudoRoutes = []string{
 	"auth/token/accessors", "auth/token/create-orphan", "auth/token/revoke-orphan", "auth/token/tidy",
-	"sys/audit", "sys/audit/{path...}", "sys/auth/{path...}", "sys/auth/{path...}/tune", "sys/leases/lookup/{prefix...}",
+	"sys/audit", "sys/audit-hash/{path...}", "sys/audit/{path...}", "sys/auth/{path...}", "sys/auth/{path...}/tune", "sys/leases/lookup/{prefix...}",
 	"sys/leases/revoke-force/{prefix...}", "sys/leases/revoke-prefix/{prefix...}", "sys/leases/tidy", "sys/leave",
 	"sys/namespaces/{path...}", "sys/plugins/catalog/{type}", "sys/plugins/catalog/{type}/{name}", "sys/plugins/runtimes/catalog",
 	"sys/plugins/runtimes/catalog/{type}/{name}", "sys/remount", "sys/revoke-force/{prefix...}", "sys/revoke-prefix/{prefix...}",

@@ -19,7 +19,7 @@ import (
 )
 
 // plugin runs a request on a mount's plugin. The body goes through as it came.
-func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, q *request, to target) error {
+func (s *Server) plugin(ctx context.Context, w *recorder, q *request, to target) error {
 	resp, rep, err := s.callPlugin(ctx, w, q, to)
 	if errors.Is(err, errUnknown) {
 		return err
@@ -29,6 +29,7 @@ func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, q *request, 
 		h.Set(api.HeaderGeneration, strconv.FormatUint(resp.Generation, 10))
 		h.Set(api.HeaderNode, resp.Node)
 		h.Set(api.HeaderIndex, strconv.FormatUint(resp.Index, 10))
+		w.x.ran(resp.Node, resp.Generation)
 	}
 	switch {
 	case fault.Is(err, fault.NotLeader) && noForward(q.http) && s.Cluster.Status().LeaderAPIAddress != "":
@@ -47,7 +48,7 @@ func (s *Server) plugin(ctx context.Context, w http.ResponseWriter, q *request, 
 func noForward(r *http.Request) bool { return r.Header.Get(api.HeaderNoForward) == "true" }
 
 // callPlugin is everything of a plugin request but the encoding. A reply stands for the plugin's own answer.
-func (s *Server) callPlugin(ctx context.Context, w http.ResponseWriter, q *request, to target) (*PluginResponse, *reply, error) {
+func (s *Server) callPlugin(ctx context.Context, w *recorder, q *request, to target) (*PluginResponse, *reply, error) {
 	if q.op == opHead {
 		return nil, nil, &fault.Error{Kind: fault.Invalid, Code: http.StatusMethodNotAllowed}
 	}
@@ -55,6 +56,7 @@ func (s *Server) callPlugin(ctx context.Context, w http.ResponseWriter, q *reque
 	if err != nil {
 		return nil, nil, unknown{s.hidden(q, to, err)}
 	}
+	w.x.of(pluginMount(match))
 	req := &PluginRequest{
 		ID: q.id, Namespace: to.ns, Path: to.path, Operation: string(q.op), Headers: q.http.Header,
 		RemoteAddr: q.http.RemoteAddr, Unauthenticated: match.Unauthenticated, NoForward: noForward(q.http),
@@ -62,11 +64,21 @@ func (s *Server) callPlugin(ctx context.Context, w http.ResponseWriter, q *reque
 	if err := s.identify(q, match, req); err != nil {
 		return nil, nil, unknown{err}
 	}
+	w.x.by(q.who, s.clock.now(q.view))
 	if req.Data, err = readBody(w, q.http, q.op, MaxPluginBody); err != nil {
 		return nil, nil, err
 	}
+	w.x.with(req.Data)
 	q.path = displayPath(match.Mount) + match.Rest // what is decided about is what was routed by
-	over, err := s.allowPlugin(ctx, q, match, req)
+	err = s.allowPlugin(ctx, q, match, req)
+	w.x.place(q.view, operation(req.Operation), q.ns, q.path, q.wrapTTL)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := w.x.ask(); err != nil {
+		return nil, nil, err
+	}
+	over, err := s.spend(ctx, q.who)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -110,14 +122,14 @@ func (s *Server) identify(q *request, match Match, req *PluginRequest) error {
 	return nil
 }
 
-// allowPlugin decides about a request, and counts the use of its token. An update becomes a create when the plugin's
+// allowPlugin decides about a request. An update becomes a create when the plugin's
 // existence check says that nothing is there, and is decided about as one. Root paths of a plugin need sudo besides.
-func (s *Server) allowPlugin(ctx context.Context, q *request, match Match, req *PluginRequest) (over func(), err error) {
+func (s *Server) allowPlugin(ctx context.Context, q *request, match Match, req *PluginRequest) error {
 	if q.who == nil {
 		if q.op == opUpdate {
-			return func() {}, s.checkExists(ctx, req)
+			return s.checkExists(ctx, req)
 		}
-		return func() {}, nil
+		return nil
 	}
 	query := policy.Query{
 		Namespace: q.ns, Path: q.path, Need: capabilityOf(q.op), WrapTTL: q.wrapTTL,
@@ -135,25 +147,25 @@ func (s *Server) allowPlugin(ctx context.Context, q *request, match Match, req *
 		create.Need = policy.Create
 		second := s.Policies.Allow(q.view, q.who, create)
 		if first != nil && second != nil {
-			return nil, first // either way: the plugin is not even asked
+			return first // either way: the plugin is not even asked
 		}
 		if err := s.checkExists(ctx, req); err != nil {
-			return nil, err
+			return err
 		}
 		if req.Operation == "create" {
 			first, query = second, create
 		}
 	}
 	if first != nil {
-		return nil, first
+		return first
 	}
 	if match.Root && query.Need != policy.Help {
 		query.Need = policy.Sudo
 		if err := s.Policies.Allow(q.view, q.who, query); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return s.spend(ctx, q.who)
+	return nil
 }
 
 // checkExists turns an update of what is not there into a create.
@@ -200,11 +212,12 @@ func (s *Server) afterPlugin(ctx context.Context, q *request, match Match, req *
 }
 
 // answerPlugin encodes a plugin's response: its data goes into the envelope as it came.
-func (s *Server) answerPlugin(w http.ResponseWriter, q *request, resp *PluginResponse) {
+func (s *Server) answerPlugin(w *recorder, q *request, resp *PluginResponse) {
 	if resp == nil || resp.Plugin == nil {
 		s.nothing(w, q.http, q.id, q.op)
 		return
 	}
+	w.x.plugin(resp.Plugin)
 	s.sendHeaders(w, resp.Plugin)
 	if s.answerSpecial(w, q.http, q.id, resp) {
 		return
@@ -250,7 +263,7 @@ func (s *Server) sendHeaders(w http.ResponseWriter, p *pluginpb.Response) {
 }
 
 // nothing answers a nil response: 404 for what reads, 204 for what writes.
-func (s *Server) nothing(w http.ResponseWriter, r *http.Request, id string, op operation) {
+func (s *Server) nothing(w *recorder, r *http.Request, id string, op operation) {
 	if op == opRead || op == opList || op == opHelp {
 		s.fail(w, r, id, &fault.Error{Kind: fault.NotFound})
 		return
@@ -277,7 +290,7 @@ type specialData struct {
 }
 
 // answerSpecial sends redirects and raw bodies; it reports whether it answered.
-func (s *Server) answerSpecial(w http.ResponseWriter, r *http.Request, id string, resp *PluginResponse) bool {
+func (s *Server) answerSpecial(w *recorder, r *http.Request, id string, resp *PluginResponse) bool {
 	p := resp.Plugin
 	if to := p.GetRedirect(); to != "" {
 		http.Redirect(w, r, to, http.StatusFound)
@@ -303,7 +316,7 @@ func (s *Server) answerSpecial(w http.ResponseWriter, r *http.Request, id string
 	return true
 }
 
-func (s *Server) sendRaw(w http.ResponseWriter, r *http.Request, id string, raw specialData) {
+func (s *Server) sendRaw(w *recorder, r *http.Request, id string, raw specialData) {
 	status := http.StatusOK
 	if n, err := raw.Status.Int64(); err == nil && n >= 200 && n <= 599 {
 		status = int(n)

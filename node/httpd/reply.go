@@ -39,13 +39,23 @@ type lease struct {
 }
 
 // write sends a reply in the contract's envelope.
-func (s *Server) write(w http.ResponseWriter, r *http.Request, id string, doubled bool, rep *reply) {
+func (s *Server) write(w *recorder, r *http.Request, id string, doubled bool, rep *reply) {
 	for k, v := range rep.headers {
 		w.Header().Set(k, v)
 	}
 	status := rep.status
 	if status == 0 {
 		status = http.StatusOK
+	}
+	if rep.data != nil { // encoded once, for the answer and for its record
+		rep.data = marshal(rep.data)
+	}
+	if w.x != nil {
+		data, _ := rep.data.(json.RawMessage)
+		if rep.bare != nil {
+			data = marshal(rep.bare)
+		}
+		w.x.reply(rep, data)
 	}
 	switch {
 	case rep.stream != nil:
@@ -129,8 +139,9 @@ func (s *Server) writeJSON(w http.ResponseWriter, status int, v any) {
 
 // fail sends an error in the contract's shape: one text, the status of its kind, and Go's multierror form where the
 // contract's servers use it.
-func (s *Server) fail(w http.ResponseWriter, r *http.Request, id string, err error) {
+func (s *Server) fail(w *recorder, r *http.Request, id string, err error) {
 	status, texts := api.ErrorReply(err)
+	w.x.refuse(texts)
 	if status == http.StatusInternalServerError {
 		s.log.Error("request failed", "request_id", id, "method", r.Method, "path", r.URL.Path, "error", err)
 	}

@@ -54,6 +54,8 @@ type route struct {
 	canon map[string]func(string) string
 	// rawBody is the limit of a body that the handler reads itself; 0: the body is a JSON object.
 	rawBody int64
+	// quiet reads are not audited: what probes ask many times a minute, and what tells nothing but how this node is.
+	quiet bool
 	// refused says why the route answers with an error always; empty for routes that do something.
 	refused string
 

@@ -64,21 +64,6 @@ func New(cfg Config) (*Server, error) {
 // Handler is the whole API.
 func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
 
-// recorder remembers the status of an answer for the metrics, and leaves streaming possible.
-type recorder struct {
-	http.ResponseWriter
-	status int
-}
-
-func (r *recorder) WriteHeader(status int) {
-	if r.status == 0 {
-		r.status = status
-	}
-	r.ResponseWriter.WriteHeader(status)
-}
-
-func (r *recorder) Unwrap() http.ResponseWriter { return r.ResponseWriter }
-
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	rec := &recorder{ResponseWriter: w}
@@ -97,25 +82,37 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	h.Set("Strict-Transport-Security", "max-age=31536000; includeSubDomains")
 	h.Set(api.HeaderNode, s.NodeName)
 	id := requestID()
+	rec.x = s.exchange(r, id)
+	door = s.answer(rec, r, id)
+	if rec.status == 0 { // nothing was said: that is an answer, too
+		rec.WriteHeader(http.StatusOK)
+	}
+}
+
+// answer answers a request and says at which door.
+func (s *Server) answer(rec *recorder, r *http.Request, id string) (door string) {
+	door = "plugin"
+	h := rec.Header()
 	if r.URL.Path != "/v1" && !strings.HasPrefix(r.URL.Path, "/v1/") {
 		s.fail(rec, r, id, &fault.Error{Kind: fault.UnsupportedPath, Text: "paths of the API begin with /v1/"})
-		return
+		return door
 	}
 	if clean := cleanPath(r.URL.Path); clean != r.URL.Path {
 		u := *r.URL
 		u.Path, u.RawPath, u.Scheme, u.Host = clean, "", "", ""
 		h.Set("Location", u.RequestURI())
 		rec.WriteHeader(http.StatusTemporaryRedirect)
-		return
+		return door
 	}
 	if err := checkPath(r.URL.Path); err != nil {
 		s.fail(rec, r, id, err)
-		return
+		return door
 	}
 	if isSys(r) {
 		door = "sys"
 	}
 	s.dispatch(rec, r, id)
+	return door
 }
 
 // maxPath bounds a path, as node/router does.
@@ -188,7 +185,7 @@ func (s *Server) locate(r *http.Request, view *fsm.View) (target, error) {
 
 // dispatch decides which door a request takes. What this node does not know (a namespace, a mount, a token) may have been
 // made through another node a moment ago: then it looks again on a state that holds everything acknowledged so far.
-func (s *Server) dispatch(w http.ResponseWriter, r *http.Request, id string) {
+func (s *Server) dispatch(w *recorder, r *http.Request, id string) {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
 	req := &request{ctx: ctx, http: r, id: id, view: s.State.View()}
@@ -232,7 +229,7 @@ func (u unknown) Is(target error) bool { return target == errUnknown }
 func (u unknown) Unwrap() error        { return u.error }
 
 // route answers a request, or returns an error that is still to be answered.
-func (s *Server) route(ctx context.Context, w http.ResponseWriter, req *request) error {
+func (s *Server) route(ctx context.Context, w *recorder, req *request) error {
 	to, err := s.locate(req.http, req.view)
 	if err != nil {
 		return unknown{err}
@@ -244,6 +241,7 @@ func (s *Server) route(ctx context.Context, w http.ResponseWriter, req *request)
 		return fault.Text(fault.Invalid, "cannot write to a path ending in '/'")
 	}
 	req.ns, req.path = to.ns, strings.TrimSuffix(to.path, "/")
+	w.x.place(req.view, req.op, req.ns, req.path, req.wrapTTL)
 	rt, params := s.routes.find(to.path)
 	if rt == nil && ownPath(to.path) {
 		rt = noRoute
@@ -251,6 +249,11 @@ func (s *Server) route(ctx context.Context, w http.ResponseWriter, req *request)
 	if rt != nil {
 		req.params = params
 		req.path = rt.canonical(req.path, params)
+		if rt.quiet && (req.op == opRead || req.op == opHead) {
+			w.x = nil
+		}
+		w.x.place(req.view, req.op, req.ns, req.path, req.wrapTTL)
+		w.x.of(ownMount(req.path))
 		s.system(ctx, w, req, rt)
 		return nil
 	}
@@ -274,7 +277,7 @@ func ownPath(p string) bool {
 var noRoute = &route{pattern: "(no such path)", anyNode: true, ops: map[operation]handler{}}
 
 // system runs one row of the table: authenticate, decode, authorise, handle, encode.
-func (s *Server) system(ctx context.Context, w http.ResponseWriter, req *request, rt *route) {
+func (s *Server) system(ctx context.Context, w *recorder, req *request, rt *route) {
 	rep, err := s.run(ctx, w, req, rt)
 	switch {
 	case err != nil:
@@ -289,7 +292,7 @@ func (s *Server) system(ctx context.Context, w http.ResponseWriter, req *request
 }
 
 // run is everything of a system route but the encoding.
-func (s *Server) run(ctx context.Context, w http.ResponseWriter, req *request, rt *route) (*reply, error) {
+func (s *Server) run(ctx context.Context, w *recorder, req *request, rt *route) (*reply, error) {
 	if leader := s.elsewhere(req, rt); leader != "" {
 		return &reply{status: http.StatusTemporaryRedirect, raw: []byte{}, headers: map[string]string{
 			"Location": leader + req.http.URL.RequestURI(),
@@ -307,6 +310,7 @@ func (s *Server) run(ctx context.Context, w http.ResponseWriter, req *request, r
 	if err := s.admit(req, rt); err != nil {
 		return nil, err
 	}
+	w.x.by(req.who, s.clock.now(req.view))
 	var raw json.RawMessage
 	var err error
 	if rt.rawBody == 0 {
@@ -316,8 +320,12 @@ func (s *Server) run(ctx context.Context, w http.ResponseWriter, req *request, r
 		if req.body, err = newFields(raw); err != nil {
 			return nil, err
 		}
+		w.x.with(raw)
 	}
 	if err := s.authorise(req, rt); err != nil {
+		return nil, err
+	}
+	if err := w.x.ask(); err != nil {
 		return nil, err
 	}
 	over, err := s.spend(ctx, req.who)

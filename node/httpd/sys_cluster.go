@@ -17,11 +17,11 @@ func (s *Server) clusterRoutes() []*route {
 	read := func(h handler) map[operation]handler { return map[operation]handler{opRead: h} }
 	return []*route{
 		{
-			pattern: "sys/health", access: open, anyNode: true, ops: map[operation]handler{opRead: s.health, opHead: s.health},
+			pattern: "sys/health", quiet: true, access: open, anyNode: true, ops: map[operation]handler{opRead: s.health, opHead: s.health},
 			summary: "Whether this node serves, as load balancers ask.",
 		},
-		{pattern: "sys/seal-status", access: open, anyNode: true, ops: read(s.sealStatus), summary: "Seal state and version."},
-		{pattern: "sys/leader", access: open, anyNode: true, ops: read(s.leader), summary: "Who leads, as this node knows it."},
+		{pattern: "sys/seal-status", quiet: true, access: open, anyNode: true, ops: read(s.sealStatus), summary: "Seal state and version."},
+		{pattern: "sys/leader", quiet: true, access: open, anyNode: true, ops: read(s.leader), summary: "Who leads, as this node knows it."},
 		{pattern: "sys/ha-status", rootOnly: true, anyNode: true, doubled: true, ops: read(s.haStatus), summary: "The nodes."},
 		{
 			pattern: "sys/step-down", rootOnly: true, access: withSudo, anyNode: true, ops: map[operation]handler{opUpdate: s.stepDown},

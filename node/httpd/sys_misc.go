@@ -28,7 +28,6 @@ func (s *Server) miscRoutes() []*route {
 		opUpdate: refuse(noRuntimes), opDelete: refuse(noRuntimes),
 		opRead: func(*request) (*reply, error) { return nil, nil },
 	}
-	none := func(*request) (*reply, error) { return &reply{data: map[string]any{}}, nil }
 	return []*route{
 		{
 			pattern: "sys/plugins/runtimes/catalog", access: withSudo, ops: map[operation]handler{opRead: s.listRuntimes, opList: s.listRuntimes},
@@ -47,15 +46,19 @@ func (s *Server) miscRoutes() []*route {
 			summary: "This table, as an OpenAPI document.",
 		},
 		{
-			pattern: "sys/audit", access: withSudo, doubled: true, rootOnly: true, ops: map[operation]handler{opRead: none},
-			summary: "The audit devices that the API has enabled: none, for they are configured.",
+			pattern: "sys/audit", access: withSudo, doubled: true, rootOnly: true, ops: map[operation]handler{opRead: s.listAudit},
+			summary: "The audit device that this node's configuration enables.",
 		},
 		{
 			pattern: "sys/audit/{path...}", access: withSudo, rootOnly: true, ops: map[operation]handler{opUpdate: refuse(auditFile), opDelete: refuse(auditFile)},
 			refused: "400 " + auditFile, summary: "Enable or disable an audit device.",
 		},
 		{
-			pattern: "sys/init", access: open, anyNode: true, ops: map[operation]handler{opRead: s.initStatus, opUpdate: refuse(initDone)},
+			pattern: "sys/audit-hash/{path...}", access: withSudo, rootOnly: true, ops: map[operation]handler{opUpdate: s.auditHash},
+			summary: "A text as it stands in audit records.",
+		},
+		{
+			pattern: "sys/init", quiet: true, access: open, anyNode: true, ops: map[operation]handler{opRead: s.initStatus, opUpdate: refuse(initDone)},
 			summary: "Whether the cluster is initialised. It initialises itself: the first token is in bootstrap_token_file.",
 		},
 		{

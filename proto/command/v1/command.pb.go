@@ -45,6 +45,7 @@ type Command struct {
 	//	*Command_Tick
 	//	*Command_RemoveNode
 	//	*Command_Restored
+	//	*Command_SetAuditSalt
 	//	*Command_RegisterPlugin
 	//	*Command_DeregisterPlugin
 	//	*Command_SetPin
@@ -192,6 +193,15 @@ func (x *Command) GetRestored() *Restored {
 	if x != nil {
 		if x, ok := x.Body.(*Command_Restored); ok {
 			return x.Restored
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSetAuditSalt() *SetAuditSalt {
+	if x != nil {
+		if x, ok := x.Body.(*Command_SetAuditSalt); ok {
+			return x.SetAuditSalt
 		}
 	}
 	return nil
@@ -478,6 +488,10 @@ type Command_Restored struct {
 	Restored *Restored `protobuf:"bytes,15,opt,name=restored,proto3,oneof"`
 }
 
+type Command_SetAuditSalt struct {
+	SetAuditSalt *SetAuditSalt `protobuf:"bytes,18,opt,name=set_audit_salt,json=setAuditSalt,proto3,oneof"`
+}
+
 type Command_RegisterPlugin struct {
 	RegisterPlugin *RegisterPlugin `protobuf:"bytes,20,opt,name=register_plugin,json=registerPlugin,proto3,oneof"`
 }
@@ -601,6 +615,8 @@ func (*Command_Tick) isCommand_Body() {}
 func (*Command_RemoveNode) isCommand_Body() {}
 
 func (*Command_Restored) isCommand_Body() {}
+
+func (*Command_SetAuditSalt) isCommand_Body() {}
 
 func (*Command_RegisterPlugin) isCommand_Body() {}
 
@@ -834,7 +850,7 @@ var File_command_v1_command_proto protoreflect.FileDescriptor
 
 const file_command_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\x93\x13\n" +
+	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xde\x13\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"elapsed_ns\x18\x01 \x01(\x04R\telapsedNs\x12\x17\n" +
@@ -849,7 +865,8 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"\x04tick\x18\r \x01(\v2\x19.rollcall.command.v1.TickH\x00R\x04tick\x12B\n" +
 	"\vremove_node\x18\x0e \x01(\v2\x1f.rollcall.command.v1.RemoveNodeH\x00R\n" +
 	"removeNode\x12;\n" +
-	"\brestored\x18\x0f \x01(\v2\x1d.rollcall.command.v1.RestoredH\x00R\brestored\x12N\n" +
+	"\brestored\x18\x0f \x01(\v2\x1d.rollcall.command.v1.RestoredH\x00R\brestored\x12I\n" +
+	"\x0eset_audit_salt\x18\x12 \x01(\v2!.rollcall.command.v1.SetAuditSaltH\x00R\fsetAuditSalt\x12N\n" +
 	"\x0fregister_plugin\x18\x14 \x01(\v2#.rollcall.command.v1.RegisterPluginH\x00R\x0eregisterPlugin\x12T\n" +
 	"\x11deregister_plugin\x18\x15 \x01(\v2%.rollcall.command.v1.DeregisterPluginH\x00R\x10deregisterPlugin\x126\n" +
 	"\aset_pin\x18\x16 \x01(\v2\x1b.rollcall.command.v1.SetPinH\x00R\x06setPin\x12?\n" +
@@ -919,34 +936,35 @@ var file_command_v1_command_proto_goTypes = []any{
 	(*Hello)(nil),            // 5: rollcall.command.v1.Hello
 	(*Leave)(nil),            // 6: rollcall.command.v1.Leave
 	(*RemoveNode)(nil),       // 7: rollcall.command.v1.RemoveNode
-	(*RegisterPlugin)(nil),   // 8: rollcall.command.v1.RegisterPlugin
-	(*DeregisterPlugin)(nil), // 9: rollcall.command.v1.DeregisterPlugin
-	(*SetPin)(nil),           // 10: rollcall.command.v1.SetPin
-	(*DeletePin)(nil),        // 11: rollcall.command.v1.DeletePin
-	(*EnableMount)(nil),      // 12: rollcall.command.v1.EnableMount
-	(*DisableMount)(nil),     // 13: rollcall.command.v1.DisableMount
-	(*TuneMount)(nil),        // 14: rollcall.command.v1.TuneMount
-	(*MoveMount)(nil),        // 15: rollcall.command.v1.MoveMount
-	(*TakeOver)(nil),         // 16: rollcall.command.v1.TakeOver
-	(*WriteStorage)(nil),     // 17: rollcall.command.v1.WriteStorage
-	(*StartReload)(nil),      // 18: rollcall.command.v1.StartReload
-	(*ReportBatch)(nil),      // 19: rollcall.command.v1.ReportBatch
-	(*ExpireReload)(nil),     // 20: rollcall.command.v1.ExpireReload
-	(*ControlReload)(nil),    // 21: rollcall.command.v1.ControlReload
-	(*ExcludeNode)(nil),      // 22: rollcall.command.v1.ExcludeNode
-	(*FenceNode)(nil),        // 23: rollcall.command.v1.FenceNode
-	(*AdvanceWave)(nil),      // 24: rollcall.command.v1.AdvanceWave
-	(*DropReloads)(nil),      // 25: rollcall.command.v1.DropReloads
-	(*PutToken)(nil),         // 26: rollcall.command.v1.PutToken
-	(*RevokeToken)(nil),      // 27: rollcall.command.v1.RevokeToken
-	(*PutPolicy)(nil),        // 28: rollcall.command.v1.PutPolicy
-	(*DeletePolicy)(nil),     // 29: rollcall.command.v1.DeletePolicy
-	(*PutNamespace)(nil),     // 30: rollcall.command.v1.PutNamespace
-	(*DeleteNamespace)(nil),  // 31: rollcall.command.v1.DeleteNamespace
-	(*PutLease)(nil),         // 32: rollcall.command.v1.PutLease
-	(*RemoveLease)(nil),      // 33: rollcall.command.v1.RemoveLease
-	(*UseToken)(nil),         // 34: rollcall.command.v1.UseToken
-	(*RevokeLeases)(nil),     // 35: rollcall.command.v1.RevokeLeases
+	(*SetAuditSalt)(nil),     // 8: rollcall.command.v1.SetAuditSalt
+	(*RegisterPlugin)(nil),   // 9: rollcall.command.v1.RegisterPlugin
+	(*DeregisterPlugin)(nil), // 10: rollcall.command.v1.DeregisterPlugin
+	(*SetPin)(nil),           // 11: rollcall.command.v1.SetPin
+	(*DeletePin)(nil),        // 12: rollcall.command.v1.DeletePin
+	(*EnableMount)(nil),      // 13: rollcall.command.v1.EnableMount
+	(*DisableMount)(nil),     // 14: rollcall.command.v1.DisableMount
+	(*TuneMount)(nil),        // 15: rollcall.command.v1.TuneMount
+	(*MoveMount)(nil),        // 16: rollcall.command.v1.MoveMount
+	(*TakeOver)(nil),         // 17: rollcall.command.v1.TakeOver
+	(*WriteStorage)(nil),     // 18: rollcall.command.v1.WriteStorage
+	(*StartReload)(nil),      // 19: rollcall.command.v1.StartReload
+	(*ReportBatch)(nil),      // 20: rollcall.command.v1.ReportBatch
+	(*ExpireReload)(nil),     // 21: rollcall.command.v1.ExpireReload
+	(*ControlReload)(nil),    // 22: rollcall.command.v1.ControlReload
+	(*ExcludeNode)(nil),      // 23: rollcall.command.v1.ExcludeNode
+	(*FenceNode)(nil),        // 24: rollcall.command.v1.FenceNode
+	(*AdvanceWave)(nil),      // 25: rollcall.command.v1.AdvanceWave
+	(*DropReloads)(nil),      // 26: rollcall.command.v1.DropReloads
+	(*PutToken)(nil),         // 27: rollcall.command.v1.PutToken
+	(*RevokeToken)(nil),      // 28: rollcall.command.v1.RevokeToken
+	(*PutPolicy)(nil),        // 29: rollcall.command.v1.PutPolicy
+	(*DeletePolicy)(nil),     // 30: rollcall.command.v1.DeletePolicy
+	(*PutNamespace)(nil),     // 31: rollcall.command.v1.PutNamespace
+	(*DeleteNamespace)(nil),  // 32: rollcall.command.v1.DeleteNamespace
+	(*PutLease)(nil),         // 33: rollcall.command.v1.PutLease
+	(*RemoveLease)(nil),      // 34: rollcall.command.v1.RemoveLease
+	(*UseToken)(nil),         // 35: rollcall.command.v1.UseToken
+	(*RevokeLeases)(nil),     // 36: rollcall.command.v1.RevokeLeases
 }
 var file_command_v1_command_proto_depIdxs = []int32{
 	4,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
@@ -955,39 +973,40 @@ var file_command_v1_command_proto_depIdxs = []int32{
 	1,  // 3: rollcall.command.v1.Command.tick:type_name -> rollcall.command.v1.Tick
 	7,  // 4: rollcall.command.v1.Command.remove_node:type_name -> rollcall.command.v1.RemoveNode
 	2,  // 5: rollcall.command.v1.Command.restored:type_name -> rollcall.command.v1.Restored
-	8,  // 6: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
-	9,  // 7: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
-	10, // 8: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
-	11, // 9: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
-	12, // 10: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
-	13, // 11: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
-	14, // 12: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
-	15, // 13: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
-	16, // 14: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
-	17, // 15: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
-	18, // 16: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
-	19, // 17: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
-	20, // 18: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
-	21, // 19: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
-	22, // 20: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
-	23, // 21: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
-	24, // 22: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
-	25, // 23: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
-	26, // 24: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
-	27, // 25: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
-	28, // 26: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
-	29, // 27: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
-	30, // 28: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
-	31, // 29: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
-	32, // 30: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
-	33, // 31: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
-	34, // 32: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
-	35, // 33: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	8,  // 6: rollcall.command.v1.Command.set_audit_salt:type_name -> rollcall.command.v1.SetAuditSalt
+	9,  // 7: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
+	10, // 8: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
+	11, // 9: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
+	12, // 10: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
+	13, // 11: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
+	14, // 12: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
+	15, // 13: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
+	16, // 14: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
+	17, // 15: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
+	18, // 16: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
+	19, // 17: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
+	20, // 18: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
+	21, // 19: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
+	22, // 20: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
+	23, // 21: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
+	24, // 22: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
+	25, // 23: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
+	26, // 24: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
+	27, // 25: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
+	28, // 26: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
+	29, // 27: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
+	30, // 28: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
+	31, // 29: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
+	32, // 30: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
+	33, // 31: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
+	34, // 32: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
+	35, // 33: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
+	36, // 34: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_command_proto_init() }
@@ -1008,6 +1027,7 @@ func file_command_v1_command_proto_init() {
 		(*Command_Tick)(nil),
 		(*Command_RemoveNode)(nil),
 		(*Command_Restored)(nil),
+		(*Command_SetAuditSalt)(nil),
 		(*Command_RegisterPlugin)(nil),
 		(*Command_DeregisterPlugin)(nil),
 		(*Command_SetPin)(nil),

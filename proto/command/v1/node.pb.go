@@ -92,6 +92,53 @@ func (x *InitCluster) GetRootTokenAccessor() string {
 	return ""
 }
 
+// SetAuditSalt gives the cluster the salt that audit records are hashed with. The first one stands: a value hashed today can
+// be found again next year.
+type SetAuditSalt struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 32 random bytes. Whoever has them can test guesses against an audit file.
+	Salt          []byte `protobuf:"bytes,1,opt,name=salt,proto3" json:"salt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetAuditSalt) Reset() {
+	*x = SetAuditSalt{}
+	mi := &file_command_v1_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetAuditSalt) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetAuditSalt) ProtoMessage() {}
+
+func (x *SetAuditSalt) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetAuditSalt.ProtoReflect.Descriptor instead.
+func (*SetAuditSalt) Descriptor() ([]byte, []int) {
+	return file_command_v1_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SetAuditSalt) GetSalt() []byte {
+	if x != nil {
+		return x.Salt
+	}
+	return nil
+}
+
 // Hello is the first thing that a booted process enters: its incarnation and its facts.
 type Hello struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
@@ -110,7 +157,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_command_v1_node_proto_msgTypes[1]
+	mi := &file_command_v1_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -122,7 +169,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_node_proto_msgTypes[1]
+	mi := &file_command_v1_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -135,7 +182,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_command_v1_node_proto_rawDescGZIP(), []int{1}
+	return file_command_v1_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Hello) GetNodeId() string {
@@ -198,7 +245,7 @@ type Leave struct {
 
 func (x *Leave) Reset() {
 	*x = Leave{}
-	mi := &file_command_v1_node_proto_msgTypes[2]
+	mi := &file_command_v1_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -210,7 +257,7 @@ func (x *Leave) String() string {
 func (*Leave) ProtoMessage() {}
 
 func (x *Leave) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_node_proto_msgTypes[2]
+	mi := &file_command_v1_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -223,7 +270,7 @@ func (x *Leave) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Leave.ProtoReflect.Descriptor instead.
 func (*Leave) Descriptor() ([]byte, []int) {
-	return file_command_v1_node_proto_rawDescGZIP(), []int{2}
+	return file_command_v1_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Leave) GetNodeId() string {
@@ -250,7 +297,7 @@ type RemoveNode struct {
 
 func (x *RemoveNode) Reset() {
 	*x = RemoveNode{}
-	mi := &file_command_v1_node_proto_msgTypes[3]
+	mi := &file_command_v1_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -262,7 +309,7 @@ func (x *RemoveNode) String() string {
 func (*RemoveNode) ProtoMessage() {}
 
 func (x *RemoveNode) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_node_proto_msgTypes[3]
+	mi := &file_command_v1_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -275,7 +322,7 @@ func (x *RemoveNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNode.ProtoReflect.Descriptor instead.
 func (*RemoveNode) Descriptor() ([]byte, []int) {
-	return file_command_v1_node_proto_rawDescGZIP(), []int{3}
+	return file_command_v1_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RemoveNode) GetNodeId() string {
@@ -314,7 +361,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_command_v1_node_proto_msgTypes[4]
+	mi := &file_command_v1_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -326,7 +373,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_node_proto_msgTypes[4]
+	mi := &file_command_v1_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -339,7 +386,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_command_v1_node_proto_rawDescGZIP(), []int{4}
+	return file_command_v1_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Node) GetId() string {
@@ -429,7 +476,9 @@ const file_command_v1_node_proto_rawDesc = "" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12!\n" +
 	"\fcluster_name\x18\x02 \x01(\tR\vclusterName\x12&\n" +
 	"\x0froot_token_hash\x18\x03 \x01(\fR\rrootTokenHash\x12.\n" +
-	"\x13root_token_accessor\x18\x04 \x01(\tR\x11rootTokenAccessor\"\xde\x01\n" +
+	"\x13root_token_accessor\x18\x04 \x01(\tR\x11rootTokenAccessor\"\"\n" +
+	"\fSetAuditSalt\x12\x12\n" +
+	"\x04salt\x18\x01 \x01(\fR\x04salt\"\xde\x01\n" +
 	"\x05Hello\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -475,13 +524,14 @@ func file_command_v1_node_proto_rawDescGZIP() []byte {
 	return file_command_v1_node_proto_rawDescData
 }
 
-var file_command_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_command_v1_node_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_command_v1_node_proto_goTypes = []any{
-	(*InitCluster)(nil), // 0: rollcall.command.v1.InitCluster
-	(*Hello)(nil),       // 1: rollcall.command.v1.Hello
-	(*Leave)(nil),       // 2: rollcall.command.v1.Leave
-	(*RemoveNode)(nil),  // 3: rollcall.command.v1.RemoveNode
-	(*Node)(nil),        // 4: rollcall.command.v1.Node
+	(*InitCluster)(nil),  // 0: rollcall.command.v1.InitCluster
+	(*SetAuditSalt)(nil), // 1: rollcall.command.v1.SetAuditSalt
+	(*Hello)(nil),        // 2: rollcall.command.v1.Hello
+	(*Leave)(nil),        // 3: rollcall.command.v1.Leave
+	(*RemoveNode)(nil),   // 4: rollcall.command.v1.RemoveNode
+	(*Node)(nil),         // 5: rollcall.command.v1.Node
 }
 var file_command_v1_node_proto_depIdxs = []int32{
 	0, // [0:0] is the sub-list for method output_type
@@ -502,7 +552,7 @@ func file_command_v1_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_command_v1_node_proto_rawDesc), len(file_command_v1_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -294,8 +294,10 @@ type SnapshotHeader struct {
 	TokenSalt   []byte `protobuf:"bytes,7,opt,name=token_salt,json=tokenSalt,proto3" json:"token_salt,omitempty"`
 	// Made by an operator's restore (fsm.Rebase): may replace a newer state. A Restored entry follows it.
 	OperatorRestore bool `protobuf:"varint,8,opt,name=operator_restore,json=operatorRestore,proto3" json:"operator_restore,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// As SetAuditSalt has it; empty where none was entered.
+	AuditSalt     []byte `protobuf:"bytes,9,opt,name=audit_salt,json=auditSalt,proto3" json:"audit_salt,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SnapshotHeader) Reset() {
@@ -382,6 +384,13 @@ func (x *SnapshotHeader) GetOperatorRestore() bool {
 		return x.OperatorRestore
 	}
 	return false
+}
+
+func (x *SnapshotHeader) GetAuditSalt() []byte {
+	if x != nil {
+		return x.AuditSalt
+	}
+	return nil
 }
 
 type StorageEntry struct {
@@ -533,7 +542,7 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"\tnamespace\x18\v \x01(\v2\x1e.rollcall.command.v1.NamespaceH\x00R\tnamespace\x122\n" +
 	"\x05lease\x18\f \x01(\v2\x1a.rollcall.command.v1.LeaseH\x00R\x05lease\x12@\n" +
 	"\atrailer\x18\x0f \x01(\v2$.rollcall.command.v1.SnapshotTrailerH\x00R\atrailerB\b\n" +
-	"\x06record\"\xf9\x01\n" +
+	"\x06record\"\x98\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
@@ -544,7 +553,9 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"\bclock_ns\x18\x06 \x01(\x04R\aclockNs\x12\x1d\n" +
 	"\n" +
 	"token_salt\x18\a \x01(\fR\ttokenSalt\x12)\n" +
-	"\x10operator_restore\x18\b \x01(\bR\x0foperatorRestore\"\x88\x01\n" +
+	"\x10operator_restore\x18\b \x01(\bR\x0foperatorRestore\x12\x1d\n" +
+	"\n" +
+	"audit_salt\x18\t \x01(\fR\tauditSalt\"\x88\x01\n" +
 	"\fStorageEntry\x12\x1d\n" +
 	"\n" +
 	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x10\n" +

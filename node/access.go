@@ -26,6 +26,7 @@ import (
 func (n *Node) openLeases() error {
 	var err error
 	n.leases, err = lease.New(lease.Config{
+		NodeName: n.cfg.Name,
 		State: n.state, Replica: leaseReplica{n}, Plugins: leasePlugins{n}, TTLs: httpd.TTLs,
 		Logger: n.component("lease"), Registerer: n.reg,
 	})

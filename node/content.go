@@ -10,6 +10,7 @@ import (
 	peerv1 "rollcall/proto/peer/v1"
 
 	"rollcall/fsm"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/supervisor"
 )
@@ -102,6 +103,9 @@ var _ supervisor.Fetcher = (*contentClient)(nil)
 // Fetch writes the bytes to w. A peer that breaks off half way ends the attempt: w cannot be taken back, and the
 // supervisor's hash would not match; it asks again.
 func (c *contentClient) Fetch(ctx context.Context, sha256 string, w io.Writer) error {
+	if err := failpoint.Hit(failpoint.ContentFetch, c.node.ID()); err != nil {
+		return err
+	}
 	last := fault.New(fault.NotFound, "fetch plugin", sha256, "no other node has it")
 	var result error = last
 	for _, row := range c.node.state.View().Nodes() {

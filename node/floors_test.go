@@ -20,7 +20,7 @@ const modulePath = "rollcall"
 // ("node/replica/internal/disk" to "node/replica").
 var floors = map[string]int{
 	"proto/command": 1, "proto/peer": 1, "proto/plugin": 1,
-	"node/fault": 1, "node/api": 1, "node/telemetry": 1, "node/seal": 1,
+	"node/fault": 1, "node/api": 1, "node/telemetry": 1, "node/seal": 1, "node/failpoint": 1,
 
 	"fsm": 2, "transport": 2, "node/supervisor": 2, "node/policy": 2,
 
@@ -40,6 +40,7 @@ var sideways = map[[2]string]string{
 	{"node/api", "node/fault"}:              "the table of kinds and statuses; fault is a leaf that everyone may use",
 	{"node/telemetry", "node/fault"}:        "fault is a leaf that everyone may use",
 	{"node/seal", "node/fault"}:             "fault is a leaf that everyone may use",
+	{"node/failpoint", "node/fault"}:        "fault is a leaf that everyone may use",
 	{"proto/plugin", "node/fault"}:          "fault is a leaf that everyone may use",
 	{"deploy/e2e", "node/nodetest"}:         "the same checkers judge processes and in-process clusters",
 }
@@ -48,6 +49,7 @@ var sideways = map[[2]string]string{
 var only = map[string][]string{
 	"node/fault":          {},
 	"node/seal":           {"node/fault"},
+	"node/failpoint":      {"node/fault"},
 	"fsm":                 {"node/fault", "proto/command"},
 	"cmd/rollcall/client": {"node/api", "node/fault"},
 }

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"rollcall/fsm"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/gossip"
 	"rollcall/node/httpd"
@@ -39,6 +40,8 @@ func (n *Node) openReplicaDir() error {
 		return err
 	}
 	n.dir = dir
+	failpoint.Called(dir.NodeID, n.cfg.Name)
+	failpoint.Called(dir.Path, n.cfg.Name)
 	n.life.did("data directory", func(context.Context) error { return dir.Close() })
 	n.state = fsm.New()
 	if n.opt.Witness != nil {
@@ -116,6 +119,7 @@ func (n *Node) openTransport() error {
 	if err != nil {
 		return err
 	}
+	failpoint.Called(n.transport.Addr(), n.cfg.Name)
 	n.creds = creds
 	n.life.did("cluster port", n.transport.Close)
 	return nil

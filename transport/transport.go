@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/raft"
 	"google.golang.org/grpc"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/transport/pki"
 )
@@ -181,6 +182,10 @@ func (t *Transport) accept() {
 		raw, err := t.ln.Accept()
 		if err == nil {
 			delay = first
+			if failpoint.Hit(failpoint.TransportAccept, t.advertise) != nil {
+				_ = raw.Close()
+				continue
+			}
 			t.greet(raw)
 			continue
 		}
@@ -306,6 +311,9 @@ func (t *Transport) hand(conn *secureConn) {
 
 // dial opens a connection to addr, where name ("" for any node) must answer.
 func (t *Transport) dial(ctx context.Context, addr, name, alpn string) (*secureConn, error) {
+	if err := failpoint.Hit(failpoint.TransportDial, t.advertise); err != nil {
+		return nil, err
+	}
 	raw, err := t.cfg.Network.Dial(ctx, addr)
 	if err != nil {
 		return nil, fault.As(fault.Unavailable, err, "dial peer", addr)

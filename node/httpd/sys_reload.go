@@ -14,6 +14,7 @@ import (
 
 	"rollcall/fsm"
 	"rollcall/node/api"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 )
 
@@ -242,6 +243,9 @@ func (s *Server) startReload(q *request, start *commandv1.StartReload) (*reply, 
 	start.RequestedBy = q.who.Token.GetDisplayName()
 	start.LeaderId = s.Cluster.Status().LeaderID // waves put the leader last
 	start.RequestHash = fsm.RequestHash(start)
+	if err := failpoint.Hit(failpoint.ReloadReceived, s.NodeID); err != nil {
+		return nil, err
+	}
 	res, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_StartReload{StartReload: start}})
 	if err != nil {
 		return nil, err

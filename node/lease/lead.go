@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"rollcall/fsm"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	pluginpb "rollcall/proto/plugin"
@@ -117,6 +118,9 @@ func (l *leading) propose(cmd *commandv1.Command) error {
 
 // endToken ends a token whose time is over, with its children; a renewal that came first wins.
 func (l *leading) endToken(t *commandv1.Token) {
+	if failpoint.Hit(failpoint.TokenExpire, l.cfg.NodeName) != nil {
+		return // looked at again soon
+	}
 	err := l.propose(&commandv1.Command{Body: &commandv1.Command_RevokeToken{
 		RevokeToken: &commandv1.RevokeToken{Hash: t.GetHash(), OnlyExpired: true},
 	}})
@@ -183,6 +187,9 @@ func (l *leading) revoke(m *commandv1.Mount, row *commandv1.Lease) error {
 	secret := &pluginpb.Secret{}
 	if err := proto.Unmarshal(row.GetSecret(), secret); err != nil {
 		return fault.As(fault.Corrupt, err, "read lease", row.GetId())
+	}
+	if err := failpoint.Hit(failpoint.SecretGiveBack, l.cfg.NodeName); err != nil {
+		return err
 	}
 	if _, err := l.cfg.Plugins.Call(ctx, m, "revoke", row.GetPath(), row.GetData(), secret); err != nil {
 		return err

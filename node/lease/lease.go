@@ -49,6 +49,8 @@ type Config struct {
 	TTLs       func(m *commandv1.Mount) (def, longest time.Duration)
 	Logger     *slog.Logger
 	Registerer prometheus.Registerer
+	// NodeName is this node's name, for failpoints alone; it may be empty.
+	NodeName string
 	// Timeout bounds one revocation through a plugin. Default 60 s.
 	Timeout time.Duration
 	// Workers bounds the revocations under way, PerMount those of one mount: a plugin that hangs does not hold up the

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"rollcall/node/failpoint"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -118,6 +119,11 @@ func (r *Reloads) launch(
 		return nil, steps, inPhase(err, "handshake")
 	}
 	from = time.Now()
+	if err := failpoint.Hit(failpoint.ReloadTrial, r.self); err != nil {
+		c.cleanup(b)
+		c.closeProcess(sp.proc)
+		return nil, steps, inPhase(err, "trial")
+	}
 	tried, err := r.cfg.Routes.Trial(ctx, m, spec, b, depth)
 	if len(tried) == 0 {
 		tried = []*commandv1.Step{step("trial", from)}

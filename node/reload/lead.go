@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
@@ -114,7 +115,7 @@ func (ld *leader) pass(ctx context.Context, v View, now time.Time) (wait time.Du
 	ld.batch.trim(v)
 	wait = time.Second
 	if due := ld.batch.due(v, now, ld.r.cfg.Flush); due <= 0 {
-		return 0, ld.flush(ctx)
+		return 0, ld.flush(ctx, v)
 	} else if due < wait {
 		wait = due
 	}
@@ -197,7 +198,10 @@ func (ld *leader) gather() {
 }
 
 // flush enters the batch. What it held is out of the batch either way: senders repeat what the state does not show.
-func (ld *leader) flush(ctx context.Context) bool {
+func (ld *leader) flush(ctx context.Context, v View) bool {
+	if failpoint.Enabled && ld.decides(v) {
+		_ = failpoint.Hit(failpoint.ReloadSwitchProposed, ld.r.self)
+	}
 	reports := ld.batch.take()
 	if len(reports) == 0 {
 		return false
@@ -206,6 +210,16 @@ func (ld *leader) flush(ctx context.Context) bool {
 		Body: &commandv1.Command_ReportBatch{ReportBatch: &commandv1.ReportBatch{Reports: reports}},
 	})
 	return true
+}
+
+// decides reports whether the batch holds the last vote of some reload.
+func (ld *leader) decides(v View) bool {
+	for key := range ld.batch {
+		if rl := v.Reload(key.reload); rl.GetPhase() == commandv1.Phase_PHASE_PREPARING && ld.batch.completes(rl) {
+			return true
+		}
+	}
+	return false
 }
 
 // batchKey is what reports are merged by.

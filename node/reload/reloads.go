@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"rollcall/node/failpoint"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -177,6 +178,21 @@ func (c concern) acts(old concern) bool {
 		c.active.GetWave() != old.active.GetWave()
 }
 
+// reached tells tests that this node sees a reload's next phase, and has not acted on it yet.
+func (r *Reloads) reached(c, old concern) {
+	if !failpoint.Enabled {
+		return
+	}
+	moved := c.active.GetId() != old.active.GetId() || c.active.GetPhase() != old.active.GetPhase() ||
+		c.active.GetWave() != old.active.GetWave()
+	if moved && c.active.GetPhase() == commandv1.Phase_PHASE_PREPARING {
+		_ = failpoint.Hit(failpoint.ReloadPreparingApplied, r.self)
+	}
+	if moved && c.active.GetPhase() == commandv1.Phase_PHASE_COMMITTED {
+		_ = failpoint.Hit(failpoint.ReloadSwitchApplied, r.self)
+	}
+}
+
 // look starts a reconciler for each new mount and wakes those whose records changed. On the leader it nudges the others
 // when there is something for all to act on: followers learn of a commit tens of milliseconds late otherwise.
 func (r *Reloads) look(v View, seen map[string]concern) {
@@ -188,6 +204,7 @@ func (r *Reloads) look(v View, seen map[string]concern) {
 		}
 		old, known := seen[m.GetUuid()]
 		if !known || old != c {
+			r.reached(c, old)
 			r.begin(m) // also one that a restored snapshot brought back while its reconciler was ending
 			nudge = nudge || c.acts(old)
 			seen[m.GetUuid()] = c
@@ -267,6 +284,7 @@ func (r *Reloads) observe(v View, running map[string]*commandv1.Reload) {
 		if rl == nil {
 			continue
 		}
+		_ = failpoint.Hit(failpoint.ReloadDone, r.self)
 		r.metrics.ended(rl)
 		r.log.Info("reload ended", "reload_id", id, "phase", rl.GetPhase().String(), "outcome", rl.GetOutcome(),
 			"generation", rl.GetGeneration(), "why", rl.GetWhy())

@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
@@ -324,6 +325,9 @@ func (b *outbox) due(v View) ([]*commandv1.Report, time.Duration) {
 func (b *outbox) send(ctx context.Context, reports []*commandv1.Report) error {
 	ctx, cancel := context.WithTimeout(ctx, sendLimit)
 	defer cancel()
+	if err := reporting(reports, b.r.self); err != nil {
+		return err
+	}
 	ls := b.r.cfg.Replica.Leadership()
 	if ls.Leader {
 		return b.r.accept(reports)
@@ -338,6 +342,31 @@ func (b *outbox) send(ctx context.Context, reports []*commandv1.Report) error {
 	}
 	_, err = peerv1.NewReloadClient(conn).Report(ctx, &peerv1.ReportRequest{Reports: reports})
 	return fault.FromGRPC(err)
+}
+
+// reporting passes the places of what is about to be said.
+func reporting(reports []*commandv1.Report, node string) error {
+	if !failpoint.Enabled {
+		return nil
+	}
+	for _, rep := range reports {
+		for _, m := range rep.GetMounts() {
+			var err error
+			switch m.GetStage() {
+			case commandv1.MountReport_STAGE_PREPARED:
+				err = failpoint.Hit(failpoint.ReloadPreparedReport, node)
+			case commandv1.MountReport_STAGE_REFUSED:
+				err = failpoint.Hit(failpoint.ReloadRefusedReport, node)
+			case commandv1.MountReport_STAGE_SWITCHED:
+				err = failpoint.Hit(failpoint.ReloadSwitchedReport, node)
+			default:
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // accept takes reports in where this node leads.

@@ -3,6 +3,8 @@ package reload
 import (
 	"context"
 	"time"
+
+	"rollcall/node/failpoint"
 )
 
 // endSpare ends the prepared process and waits for that: its place may be needed at once.
@@ -42,6 +44,7 @@ func (l *mountLoop) retire(old *instance, alive bool) {
 	l.retired, l.retireFrom, l.retireSteps = done, time.Now(), nil
 	l.r.group.Go(func() {
 		defer close(done)
+		_ = failpoint.Hit(failpoint.ReloadDraining, l.r.self)
 		if alive {
 			l.cleanup(old.backend)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/hashicorp/raft"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
@@ -408,6 +409,9 @@ func (r *Replica) tryHello(hello *commandv1.Command) error {
 		if err := r.initialized(ctx); err != nil {
 			return err
 		}
+	}
+	if err := failpoint.Hit(failpoint.NodeHello, r.NodeID()); err != nil {
+		return err
 	}
 	_, err := r.Propose(ctx, hello)
 	return err

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"rollcall/fsm"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
@@ -173,6 +174,9 @@ func (r *Replica) grantLease(ctx context.Context, req *peerv1.LeaseRequest) (*pe
 	}
 	if b.err != nil || b.term != l.term {
 		return nil, fault.New(fault.NotLeader, "grant lease", req.GetNodeId(), "leadership of term %d is not confirmed", l.term)
+	}
+	if err := failpoint.Hit(failpoint.LeaseGrant, r.NodeID()); err != nil {
+		return nil, err
 	}
 	g := grantee{req.GetNodeId(), req.GetIncarnation()}
 	index, err := l.grant(g, r.cfg.Now, r.fsm.View, r.cfg.leaseSpan())

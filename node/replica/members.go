@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/raft"
 	autopilot "github.com/hashicorp/raft-autopilot"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/telemetry"
 	commandv1 "rollcall/proto/command/v1"
@@ -120,6 +121,9 @@ func (r *Replica) transferHere(ctx context.Context) error {
 // node is meant to stay away.
 func (r *Replica) Leave(ctx context.Context) error {
 	r.dropLease()
+	if err := failpoint.Hit(failpoint.NodeLeave, r.NodeID()); err != nil {
+		return err
+	}
 	_, err := r.Propose(ctx, &commandv1.Command{Body: &commandv1.Command_Leave{
 		Leave: &commandv1.Leave{NodeId: r.NodeID(), Incarnation: r.Incarnation()},
 	}})

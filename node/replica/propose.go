@@ -11,10 +11,23 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"rollcall/fsm"
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
 )
+
+// proposed is the place that a command passes once Raft has it, "" for most.
+func proposed(cmd *commandv1.Command) failpoint.Site {
+	switch cmd.GetBody().(type) {
+	case *commandv1.Command_StartReload:
+		return failpoint.ReloadProposed
+	case *commandv1.Command_TakeOver:
+		return failpoint.TakeOverProposed
+	default:
+		return ""
+	}
+}
 
 func tickCommand() *commandv1.Command {
 	return &commandv1.Command{Body: &commandv1.Command_Tick{Tick: &commandv1.Tick{}}}
@@ -208,6 +221,9 @@ func (r *Replica) applyHere(ctx context.Context, term uint64, cmd *commandv1.Com
 		return nil, fault.As(fault.Invalid, err, "encode command", "")
 	}
 	future := node.Apply(data, r.cfg.rpcTimeout())
+	if failpoint.Enabled {
+		_ = failpoint.Hit(proposed(cmd), r.NodeID())
+	}
 	type outcome struct {
 		res *commandv1.Result
 		err error

@@ -8,8 +8,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	peerv1 "rollcall/proto/peer/v1"
 	pluginpb "rollcall/proto/plugin"
@@ -125,6 +128,10 @@ func (p *passage) send(ctx context.Context) (resp *Response, err error, more boo
 	complete, err := p.sendBody(stream)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fault.As(fault.Unavailable, err, "forward to", "the leader"), true
+	}
+	if err := failpoint.Hit(failpoint.ForwardSent, p.r.cfg.NodeID); err != nil {
+		err = status.Error(codes.Unavailable, err.Error()) // as a connection that breaks
+		return nil, p.sent(err, complete), p.again(err, complete)
 	}
 	resp, err = p.receive(stream)
 	if err == nil {
@@ -288,6 +295,9 @@ func (s forwardServer) Handle(stream grpc.BidiStreamingServer[peerv1.HandleReque
 		return fault.Text(fault.UnsupportedOperation, "unsupported operation %q", req.Operation)
 	}
 	resp, err := s.r.handle(ctx, req)
+	if lost := failpoint.Hit(failpoint.ForwardAnswered, s.r.cfg.NodeID); lost != nil {
+		return status.Error(codes.Unavailable, lost.Error()) // as a connection that breaks
+	}
 	if err != nil && resp == nil {
 		return err
 	}

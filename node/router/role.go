@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
@@ -140,6 +141,7 @@ func (rt *route) takeOver(ctx context.Context, m *commandv1.Mount, in *instance,
 	if err != nil {
 		return fault.Wrap(err, "take over", m.GetPath())
 	}
+	_ = failpoint.Hit(failpoint.TakeOverApplied, rt.r.cfg.NodeID)
 	in.store.enliven(res.GetIndex(), role.Term, len(writes) > 0)
 	return nil
 }

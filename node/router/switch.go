@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 	peerv1 "rollcall/proto/peer/v1"
@@ -139,6 +140,10 @@ func (s *switching) do(ctx context.Context) error {
 	} else if !r.cfg.noGate {
 		rt.gate.set(held, nil, nil, nil)
 		s.closed = time.Now()
+	}
+	if err := failpoint.Hit(failpoint.ReloadGateClosed, r.cfg.NodeID); err != nil {
+		s.back(ctx, err)
+		return err
 	}
 	if err := s.drain(ctx); err != nil {
 		return err
@@ -323,7 +328,7 @@ func (r *Router) awaitTakeOver(ctx context.Context, uuid string, generation uint
 		case m == nil:
 			return fault.Text(fault.NotFound, "the mount is gone")
 		case m.GetEpochGeneration() >= generation:
-			return nil
+			return failpoint.Hit(failpoint.TakeOverSeen, r.cfg.NodeID)
 		}
 		select {
 		case <-changed:

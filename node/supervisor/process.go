@@ -11,6 +11,7 @@ import (
 	goplugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/supervisor/internal/proc"
 	pluginpb "rollcall/proto/plugin"
@@ -260,6 +261,7 @@ func (p *Process) Close(ctx context.Context) error {
 
 // end takes the process from asking to killing. It returns when the process has ended or has been sent SIGKILL.
 func (p *Process) end(ctx context.Context) {
+	_ = failpoint.Hit(failpoint.ProcessKill, p.s.cfg.NodeName)
 	p.cleanUp(ctx)
 	asked := make(chan struct{})
 	go func() {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/go-plugin/runner"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/supervisor/internal/proc"
 )
 
@@ -61,6 +62,9 @@ func (r *run) Start(context.Context) error {
 }
 
 func (r *run) spawn() error {
+	if err := failpoint.Hit(failpoint.ProcessExec, r.s.cfg.NodeName); err != nil {
+		return err
+	}
 	outR, outW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -89,7 +93,7 @@ func (r *run) spawn() error {
 		r.kill()
 	}
 	r.s.work.Go(func() { r.watch(outR, errR) })
-	return nil
+	return failpoint.Hit(failpoint.ProcessStarted, r.s.cfg.NodeName)
 }
 
 // watch lives as long as the process and its output.

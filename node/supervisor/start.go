@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/supervisor/internal/content"
 	"rollcall/node/supervisor/internal/proc"
@@ -120,6 +121,10 @@ func (s *Supervisor) prepare(ctx context.Context, spec Spec) (*content.Image, fu
 	}
 	img, release, err := s.store.Image(ctx, spec.SHA256)
 	if err != nil {
+		return nil, nil, refuse(err)
+	}
+	if err := failpoint.Hit(failpoint.ContentSealed, s.cfg.NodeName); err != nil {
+		release()
 		return nil, nil, refuse(err)
 	}
 	if why := img.Executable(); why != "" {
@@ -329,6 +334,9 @@ func (l *launch) handshake(limit context.Context) (*Process, error) {
 	// The first call on the connection: it also proves that there is one.
 	reply, err := pluginpb.NewPluginMultiplexingClient(d.conn).MultiplexingSupport(limit, &emptypb.Empty{})
 	if err != nil && status.Code(err) != codes.Unimplemented {
+		return nil, err
+	}
+	if err := failpoint.Hit(failpoint.ProcessHandshake, l.s.cfg.NodeName); err != nil {
 		return nil, err
 	}
 	return &Process{

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-msgpack/v2/codec"
 	"github.com/hashicorp/raft"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 )
 
@@ -25,6 +26,7 @@ type Log struct {
 	inner     raft.LogStore
 	watch     *Watch
 	vault     *vault // nil where nothing is sealed
+	path      string // of the directory
 	onCorrupt atomic.Pointer[func(error)]
 }
 
@@ -84,7 +86,13 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 		stamped[i] = stamp(log)
 	}
 	return l.report(l.watch.write(func() error {
-		return Guarded("write raft log", "", func() error { return l.inner.StoreLogs(stamped) })
+		if err := failpoint.Hit(failpoint.DiskAppend, l.path); err != nil {
+			return err
+		}
+		if err := Guarded("write raft log", "", func() error { return l.inner.StoreLogs(stamped) }); err != nil {
+			return err
+		}
+		return failpoint.Hit(failpoint.DiskFsync, l.path)
 	}))
 }
 
@@ -167,6 +175,7 @@ func checkRecord(key, value []byte) (*raft.Log, error) {
 type Stable struct {
 	inner raft.StableStore
 	watch *Watch
+	path  string          // of the directory
 	stop  <-chan struct{} // ends the wait for room
 }
 
@@ -175,19 +184,24 @@ var _ raft.StableStore = (*Stable)(nil)
 // Set is raft.StableStore's. On a full disk it waits for room: Raft would panic, and the watch keeps this node out of
 // the cluster meanwhile. Any other error is passed on: after a failed fsync nothing may be tried again.
 func (s *Stable) Set(key, val []byte) error {
-	return s.watch.write(func() error {
-		for {
-			err := Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, closed(key, val)) })
-			if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
-				return err
-			}
-			select {
-			case <-s.stop:
-				return err
-			case <-time.After(100 * time.Millisecond):
-			}
+	return s.watch.write(func() error { return s.set(key, val) })
+}
+
+func (s *Stable) set(key, val []byte) error {
+	if err := failpoint.Hit(failpoint.DiskStableSet, s.path); err != nil {
+		return err
+	}
+	for {
+		err := Guarded("write raft vote", string(key), func() error { return s.inner.Set(key, closed(key, val)) })
+		if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+			return err
 		}
-	})
+		select {
+		case <-s.stop:
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // Get is raft.StableStore's. The "not found" error is passed on as it is: Raft compares its text.

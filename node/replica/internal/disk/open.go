@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -14,6 +15,7 @@ import (
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
 
+	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	"rollcall/node/seal"
 )
@@ -106,8 +108,12 @@ func (d *Dir) stores(opts Options, backing Backing, v *vault) (*Stores, error) {
 	}
 	watch, stop := newWatch(opts.Limit), make(chan struct{})
 	s := &Stores{
-		Log: &Log{inner: store, watch: watch, vault: v}, Stable: &Stable{inner: backing, watch: watch, stop: stop},
+		Log:       &Log{inner: store, watch: watch, vault: v, path: d.Path},
+		Stable:    &Stable{inner: backing, watch: watch, path: d.Path, stop: stop},
 		Snapshots: backing.Snapshots(), backing: backing, stop: stop,
+	}
+	if failpoint.Enabled {
+		s.Snapshots = brittle{s.Snapshots, d.Path}
 	}
 	if v != nil {
 		s.Ring = v.ring
@@ -175,6 +181,30 @@ func openBolt(path string, noSync bool) (bolt *raftboltdb.BoltStore, err error) 
 		return err
 	})
 	return bolt, fault.Wrap(err, "open raft log", path)
+}
+
+// brittle is a snapshot store with failpoints.
+type brittle struct {
+	raft.SnapshotStore
+	path string // of the directory
+}
+
+// Create is raft.SnapshotStore's.
+func (b brittle) Create(
+	version raft.SnapshotVersion, index, term uint64, c raft.Configuration, configIndex uint64, trans raft.Transport,
+) (raft.SnapshotSink, error) {
+	if err := failpoint.Hit(failpoint.DiskSnapshotCreate, b.path); err != nil {
+		return nil, err
+	}
+	return b.SnapshotStore.Create(version, index, term, c, configIndex, trans)
+}
+
+// Open is raft.SnapshotStore's.
+func (b brittle) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	if err := failpoint.Hit(failpoint.DiskSnapshotOpen, b.path); err != nil {
+		return nil, nil, err
+	}
+	return b.SnapshotStore.Open(id)
 }
 
 func damaged(path string, cause error) error {

@@ -7,133 +7,263 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
-	"syscall"
+	"strings"
 	"testing"
 	"time"
 
 	"rollcall/node/api"
+	"rollcall/node/fault"
 )
 
-// chaos is one run: faults one after the other, and reloads whenever, all from one seed.
+// chaos is one run on one cluster: faults one after the other, and reloads whenever, all chosen from one seed.
 type chaos struct {
 	*cluster
-	rng     *rand.Rand
-	reloads []string // ids that were accepted
-	done    map[string]int
+	rng      *rand.Rand
+	builds   map[bool]string // the binary, before and after an upgrade
+	upgraded bool
+
+	asked    []string // reloads since the last fault
+	accepted map[string]bool
+	tally    *tally
+	before   map[string]holdings // what every node held before the first fault
 }
 
-// TestChaosLosesNothingAndEveryReloadEnds kills, pauses, stops and empties nodes at random, while reloads run and clients
-// write. ROLLCALL_CHAOS says for how long, ROLLCALL_SEED repeats a run's choices.
-func TestChaosLosesNothingAndEveryReloadEnds(t *testing.T) {
-	length := 20 * time.Second
+// campaign is the length and the seed that the environment gives.
+func campaign(t *testing.T, standard time.Duration) (time.Duration, uint64) {
+	t.Helper()
+	length, seed := standard, rand.Uint64()
+	var err error
 	if v := os.Getenv("ROLLCALL_CHAOS"); v != "" {
-		var err error
 		if length, err = time.ParseDuration(v); err != nil {
 			t.Fatal(err)
 		}
 	}
-	seed := rand.Uint64()
 	if v := os.Getenv("ROLLCALL_SEED"); v != "" {
-		var err error
 		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Logf("ROLLCALL_SEED=%d", seed)
-	c := newCluster(t, options{config: quick})
-	c.mountKV(kvOld)
-	x := &chaos{cluster: c, rng: rand.New(rand.NewPCG(seed, 0)), done: map[string]int{}} //nolint:gosec // not for secrets
-	l := startLoad(c, loadOptions{
-		mount: "kv", writers: 4, hot: 2, readers: 3, pace: 20 * time.Millisecond,
-		readPace: 50 * time.Millisecond, excused: func(*server) bool { return true },
+	t.Logf("repeat the choices of this run: ROLLCALL_SEED=%d ROLLCALL_CHAOS=%s", seed, length)
+	return length, seed
+}
+
+// TestChaosLosesNothingAndEveryReloadEnds makes every kind of fault, on three nodes and then on five, while clients read
+// and write and reloads run. ROLLCALL_CHAOS says for how long in all, ROLLCALL_SEED repeats a run's choices.
+func TestChaosLosesNothingAndEveryReloadEnds(t *testing.T) {
+	length, seed := campaign(t, 2*time.Minute)
+	sum := &tally{began: time.Now(), seed: seed, kinds: map[string]*kindTally{}, outcomes: map[string]int{}}
+	deck := newDeck(rand.New(rand.NewPCG(seed, 0)), faults()) //nolint:gosec // not for secrets
+	for _, nodes := range []int{3, 5} {
+		t.Run(fmt.Sprintf("%d nodes", nodes), func(t *testing.T) {
+			runChaos(t, nodes, length/2, deck, sum)
+		})
+		if t.Failed() {
+			break
+		}
+	}
+	t.Log("\n" + sum.String())
+}
+
+func runChaos(t *testing.T, nodes int, length time.Duration, deck *deck, sum *tally) {
+	x := newChaos(t, nodes, deck.rng, sum)
+	l := startLoad(x.cluster, loadOptions{
+		mount: "kv", writers: 9, hot: 3, readers: 12, pace: 15 * time.Millisecond, readPace: 20 * time.Millisecond,
+		patience: 5 * time.Second, excused: func(*server) bool { return true },
 	})
-	for end := time.Now().Add(length); time.Now().Before(end) && !t.Failed(); {
-		x.step()
-	}
-	// Everything is healed: within half a minute every node runs what is wanted, and every reload has ended.
-	for _, s := range c.nodes {
-		if !s.alive() {
-			s.start()
-		}
-	}
 	began := time.Now()
-	if err := within(recovery, func() error {
-		if err := c.settled(c.nodes...); err != nil {
-			return err
-		}
-		for _, id := range x.reloads {
-			rec, err := c.any().ReloadRecord(timeout(t, short), id, 0, 0)
-			if err != nil {
-				return fmt.Errorf("reload %s: %w", id, err)
-			}
-			if !api.Ended(rec.Phase) || len(rec.Pending) > 0 {
-				return fmt.Errorf("not over:\n%s", tell(rec))
-			}
-		}
-		return nil
-	}); err != nil {
-		t.Errorf("%s after everything was healed: %v", recovery, err)
+	for time.Since(began) < length && !t.Failed() {
+		x.step(deck)
 	}
-	t.Logf("all settled %s after everything was healed; done: %v; %d reloads", time.Since(began).Round(time.Millisecond), x.done, len(x.reloads))
+	sum.loaded += time.Since(began)
 	l.atLeast(20)
 	s := l.stop()
-	t.Log(s)
+	t.Logf("%d nodes: %s", nodes, s)
+	sum.load.add(s)
 	if s.lost+s.backwards+s.staleReads > 0 {
-		t.Errorf("%s\n%q", s, s.trouble)
+		t.Errorf("%s\n%s", s, strings.Join(s.trouble, "\n"))
 	}
-	for _, id := range x.reloads {
-		c.sameEverywhere(id)
+	if rate := float64(s.acked+s.reads+s.conflicts) / time.Since(began).Seconds(); rate < 200 {
+		t.Errorf("%.0f operations a second are not the load that was meant: at least 200", rate)
+	}
+	x.sameAs(x.before)
+	sum.clusters = append(sum.clusters, fmt.Sprint(nodes))
+}
+
+// newChaos starts a cluster whose nodes have networks, disks and clocks of their own. Small logs make snapshots travel.
+func newChaos(t *testing.T, nodes int, rng *rand.Rand, sum *tally) *chaos {
+	t.Helper()
+	x := &chaos{rng: rng, builds: map[bool]string{}, accepted: map[string]bool{}, tally: sum}
+	for upgraded, version := range map[bool]string{false: "", true: "0.1.1-next"} {
+		bin, err := skewed(version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x.builds[upgraded] = bin
+	}
+	x.cluster = newCluster(t, options{nodes: nodes, founders: nodes, apart: true, disk: "128m", idle: true, config: map[string]any{
+		"autopilot.stabilization": "1s", "raft.snapshot_threshold": 256, "raft.snapshot_interval": "2s", "raft.trailing_logs": 256,
+	}})
+	for _, s := range x.nodes {
+		s.bin, s.env = x.builds[false], []string{clockVariable + "=" + filepath.Join(s.dir, "clock")}
+		s.start()
+	}
+	x.serving()
+	x.mountKV(kvOld)
+	x.reload(x.nodes[0], api.ReloadRequest{Plugin: "kv", Version: kvNew}) // connections that a reload makes are no leak
+	x.before = x.rest()
+	return x
+}
+
+// deck deals faults: every kind comes before any comes again.
+type deck struct {
+	rng  *rand.Rand
+	all  []trouble
+	left []trouble
+}
+
+func newDeck(rng *rand.Rand, all []trouble) *deck { return &deck{rng: rng, all: all} }
+
+func (d *deck) deal() trouble {
+	if len(d.left) == 0 {
+		d.left = slices.Clone(d.all)
+		d.rng.Shuffle(len(d.left), func(i, j int) { d.left[i], d.left[j] = d.left[j], d.left[i] })
+	}
+	f := d.left[0]
+	d.left = d.left[1:]
+	return f
+}
+
+// step makes as many faults at once as a cluster of this size outlives, takes them back, and waits until every node
+// serves the wanted generation and every reload has ended.
+func (x *chaos) step(deck *deck) {
+	victims := x.rng.Perm(len(x.nodes))
+	if x.rng.IntN(5) < 2 { // more often than by chance, the leader
+		leader := x.leader().index
+		at := slices.Index(victims, leader)
+		victims[0], victims[at] = victims[at], victims[0]
+	}
+	x.ask()
+	x.sleep(500)
+	var undo []func()
+	var made []*kindTally
+	hold := time.Duration(0)
+	dies := map[*server]bool{}
+	for n := range (len(x.nodes) - 1) / 2 {
+		f := deck.deal()
+		if f.all && n > 0 {
+			deck.left = append([]trouble{f}, deck.left...) // it comes first at the next step
+			break
+		}
+		v := x.nodes[victims[n]]
+		k := x.tally.kind(f.kind)
+		leads := x.leads(v)
+		x.note("%s: %s (leads: %t)", f.kind, v.name, leads)
+		if back := f.do(x, v); back != nil {
+			undo = append(undo, back)
+		}
+		k.done++
+		if leads {
+			k.leader++
+		}
+		made = append(made, k)
+		dies[v] = f.dies
+		hold = max(hold, pick(x.rng, f.hold))
+		if f.all {
+			break
+		}
+	}
+	x.ask()
+	time.Sleep(hold)
+	for _, back := range slices.Backward(undo) {
+		back()
+	}
+	x.revive(dies)
+	x.converge(made)
+}
+
+// leads tells whether a node says that it leads.
+func (x *chaos) leads(v *server) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	l, err := v.client().Leader(ctx)
+	return err == nil && l.IsSelf
+}
+
+// revive starts nodes that have ended by themselves, which only those may whose fault allows it.
+func (x *chaos) revive(dies map[*server]bool) {
+	for _, s := range x.nodes {
+		if !s.ended() {
+			continue
+		}
+		err := s.gone(time.Second)
+		if !dies[s] {
+			x.t.Errorf("%s has ended by itself: %v\n%s", s.name, err, tail(s.logFile, 15))
+		}
+		x.note("%s has ended: %v; it is started again", s.name, err)
+		s.start()
 	}
 }
 
-// step does one thing. At most one node is away at a time: two of three must go on.
-func (x *chaos) step() {
-	victim := x.nodes[x.rng.IntN(len(x.nodes))]
-	x.reload()
-	x.sleep(1500)
-	switch what := x.rng.IntN(6); what {
-	case 0, 1:
-		x.done["kill"]++
-		victim.kill()
-		x.reload()
-		x.sleep(4000)
-		victim.start()
-	case 2:
-		x.done["pause"]++
-		victim.signal(syscall.SIGSTOP)
-		x.reload()
-		x.sleep(8000)
-		victim.signal(syscall.SIGCONT)
-	case 3:
-		x.done["stop"]++
-		victim.stop()
-		x.reload()
-		x.sleep(3000)
-		victim.start()
-	case 4:
-		x.done["empty"]++
-		victim.kill()
-		victim.replace()
-		victim.start()
-	case 5:
-		x.done["step down"]++
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-		_ = victim.client().StepDown(ctx) // refused where there is no leader at the moment
-		cancel()
+// converge waits until everything is as it should be without faults.
+func (x *chaos) converge(made []*kindTally) {
+	healed := time.Now()
+	if err := within(recovery, func() error {
+		if err := x.settled(x.nodes...); err != nil {
+			return err
+		}
+		return x.over()
+	}); err != nil {
+		x.t.Fatalf("%s after everything was healed: %v", recovery, err)
 	}
-	// The next fault waits until there is no other: otherwise a majority may be away.
-	until(x.t, long, "every node serves again", func() error { return x.settled(x.nodes...) })
+	took := time.Since(healed)
+	x.note("healed; every node serves and every reload has ended %s later", took.Round(time.Millisecond))
+	x.tally.slowest = max(x.tally.slowest, took)
+	for _, k := range made {
+		k.slowest = max(k.slowest, took)
+	}
+	for _, id := range x.asked {
+		if rec, err := x.any().ReloadRecord(timeout(x.t, short), id, 0, 0); err == nil {
+			x.tally.ended++
+			x.tally.outcomes[rec.Outcome]++
+			x.sameEverywhere(id)
+		}
+	}
+	x.asked = nil
+}
+
+// over says which reload has not ended. One that nobody acknowledged may not exist.
+func (x *chaos) over() error {
+	for _, id := range x.asked {
+		rec, err := x.any().ReloadRecord(timeout(x.t, short), id, 0, 0)
+		if fault.Is(err, fault.NotFound) && !x.accepted[id] {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("reload %s (acknowledged: %t): %w", id, x.accepted[id], err)
+		}
+		if !api.Ended(rec.Phase) || len(rec.Pending) > 0 {
+			return fmt.Errorf("not over:\n%s", tell(rec))
+		}
+	}
+	return nil
 }
 
 func (x *chaos) sleep(milliseconds int) {
 	time.Sleep(time.Duration(x.rng.IntN(milliseconds)) * time.Millisecond)
 }
 
-// reload starts a reload through some node, or does not get it through; its id decides whether it was accepted.
-func (x *chaos) reload() {
-	req := api.ReloadRequest{Plugin: "kv", ReloadID: fmt.Sprintf("chaos-%d", x.done["reload"]), Scope: "global"}
-	switch x.rng.IntN(4) {
+// note writes into the test's log, which is the journal of the run.
+func (x *chaos) note(format string, args ...any) {
+	x.t.Logf("%7.1fs  %s", time.Since(x.tally.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// ask starts a reload through some node, or does not get it through; its id decides whether it was accepted.
+func (x *chaos) ask() {
+	req := api.ReloadRequest{Plugin: "kv", ReloadID: fmt.Sprintf("chaos-%d", x.tally.asked), Scope: "global"}
+	switch x.rng.IntN(5) {
 	case 0:
 		req.Version = kvOld
 	case 1:
@@ -141,14 +271,16 @@ func (x *chaos) reload() {
 	case 2:
 		req.Strategy = "best-effort"
 	case 3:
+		req.Strategy = "rolling"
+	case 4:
 		req.Scope = ""
 		req.Wait = "0s"
 	}
-	x.done["reload"]++
+	x.tally.asked++
 	asked := x.nodes[x.rng.IntN(len(x.nodes))]
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	if _, _, err := asked.client().Reload(ctx, "", req); err == nil {
-		x.reloads = append(x.reloads, req.ReloadID)
-	}
+	_, _, err := asked.client().Reload(ctx, "", req)
+	x.asked = append(x.asked, req.ReloadID)
+	x.accepted[req.ReloadID] = err == nil
 }

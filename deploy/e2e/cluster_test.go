@@ -37,6 +37,11 @@ type options struct {
 	config map[string]any
 	// idle leaves starting the nodes to the test.
 	idle bool
+	// apart puts every node into a network namespace of its own, where faults of the network can be made. Needs root.
+	apart bool
+	// disk is the size of the file system that each node's data directory is, as mount takes it; "" for the machine's
+	// own. Needs apart.
+	disk string
 }
 
 // patient is a configuration for tests that promise no failed request and kill nobody: on a machine that is busy with
@@ -52,6 +57,10 @@ type cluster struct {
 	token string
 	opt   options
 	nodes []*server
+	net   *network // nil when all nodes are on loopback
+
+	mu      sync.Mutex
+	clients map[string]*api.Client // by their addresses
 }
 
 // server is one node: the same configuration and data directory over all its processes.
@@ -61,6 +70,10 @@ type server struct {
 	dir, data, plugins, config  string
 	http, peer, gossip, logFile string
 	sockets                     string // below root, short
+	index                       int    // among the cluster's nodes
+	bin                         string // other than the cluster's, when not empty
+	group                       *group // that its next process starts in
+	env                         []string
 
 	mu   sync.Mutex
 	cmd  *exec.Cmd
@@ -88,6 +101,9 @@ func newCluster(t testing.TB, opt options) *cluster {
 	}
 	c := &cluster{t: t, root: root, bin: bin, opt: opt}
 	t.Cleanup(c.end)
+	if opt.apart {
+		c.net = newNetwork(t, opt.nodes)
+	}
 	var names []string
 	for i := range opt.nodes {
 		names = append(names, fmt.Sprintf("node-%d", i+1))
@@ -98,12 +114,20 @@ func newCluster(t testing.TB, opt options) *cluster {
 		t.Fatal(err)
 	}
 	c.token = strings.TrimSpace(string(token))
-	ports := freePorts(t, 3*opt.nodes)
+	var ports []int
+	if c.net == nil {
+		ports = freePorts(t, 3*opt.nodes)
+	}
 	for i, name := range names {
 		s := &server{
 			c: c, name: name, dir: c.path(name), data: c.path(name, "data"), plugins: c.path("plugins"),
-			config: c.path(name, "config.json"), logFile: c.path(name, "log"),
-			sockets: fmt.Sprintf("s%d", i+1), http: addr(ports[3*i]), peer: addr(ports[3*i+1]), gossip: addr(ports[3*i+2]),
+			config: c.path(name, "config.json"), logFile: c.path(name, "log"), sockets: fmt.Sprintf("s%d", i+1), index: i,
+		}
+		if c.net == nil {
+			s.http, s.peer, s.gossip = addr(ports[3*i]), addr(ports[3*i+1]), addr(ports[3*i+2])
+		} else {
+			at := func(port int) string { return fmt.Sprintf("%s:%d", c.net.address(i), port) }
+			s.http, s.peer, s.gossip = at(portHTTP), at(portPeer), at(portGossip)
 		}
 		if opt.ownPlugins {
 			s.plugins = c.path(name, "plugins")
@@ -115,6 +139,9 @@ func newCluster(t testing.TB, opt options) *cluster {
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				t.Fatal(err)
 			}
+		}
+		if opt.disk != "" {
+			c.net.disk(s.data, opt.disk)
 		}
 		s.configure(i < opt.founders)
 	}
@@ -183,6 +210,9 @@ func (s *server) configure(founder bool) {
 		"gossip": map[string]any{"listen": s.gossip, "key_file": c.path("tls", "gossip.key")},
 		"http":   map[string]any{"listen": s.http},
 	}
+	if c.net != nil {
+		cfg["http"] = map[string]any{"listen": s.http, "allow_plain": true} // no other machine is on this network
+	}
 	if founder {
 		cfg["bootstrap_expect"], cfg["bootstrap_token_file"] = c.opt.founders, c.path("tls", "token")
 	}
@@ -222,9 +252,19 @@ func (s *server) start() {
 		s.c.t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	cmd := exec.Command(s.c.bin, "server", "-config", s.config)
+	argv := []string{s.c.bin, "server", "-config", s.config}
+	if s.bin != "" {
+		argv[0] = s.bin
+	}
+	if s.c.net != nil { // which replaces itself by the command: the process keeps its pid
+		argv = append([]string{"ip", "netns", "exec", s.c.net.namespace(s.index)}, argv...)
+	}
+	if s.group != nil {
+		argv = append([]string{"sh", "-c", `echo $$ >"$0/cgroup.procs" && exec "$@"`, s.group.dir}, argv...)
+	}
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.Env = append(os.Environ(), "GORACE=halt_on_error=1 exitcode=66")
+	cmd.Env = append(append(os.Environ(), "GORACE=halt_on_error=1 exitcode=66"), s.env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		s.c.t.Fatal(err)
@@ -248,6 +288,21 @@ func (s *server) pid() int {
 }
 
 func (s *server) alive() bool { return s.pid() != 0 }
+
+// ended says whether the process has ended by itself; start needs gone before it.
+func (s *server) ended() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cmd == nil {
+		return false
+	}
+	select {
+	case <-s.done:
+		return true
+	default:
+		return false
+	}
+}
 
 // signal sends a signal to the process; none is running is the test's mistake.
 func (s *server) signal(sig syscall.Signal) {
@@ -302,11 +357,14 @@ func (s *server) stop() {
 // replace makes an empty node of the same name out of a stopped one.
 func (s *server) replace() {
 	s.c.t.Helper()
-	if err := os.RemoveAll(s.data); err != nil {
+	entries, err := os.ReadDir(s.data) // not the directory itself: it may be a mount
+	if err != nil {
 		s.c.t.Fatal(err)
 	}
-	if err := os.MkdirAll(s.data, 0o700); err != nil {
-		s.c.t.Fatal(err)
+	for _, e := range entries {
+		if err := os.RemoveAll(filepath.Join(s.data, e.Name())); err != nil {
+			s.c.t.Fatal(err)
+		}
 	}
 }
 
@@ -343,6 +401,9 @@ func (c *cluster) end() {
 	}
 	stopping.Wait()
 	noPlugins(c.t, c.root, 3*time.Second, func(process) bool { return true })
+	if c.net != nil {
+		c.net.end()
+	}
 	for _, s := range c.nodes {
 		c.suspicious(s)
 	}
@@ -439,12 +500,33 @@ func (c *cluster) clientOf(nodes ...*server) *api.Client {
 	for _, s := range nodes {
 		urls = append(urls, s.url())
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	key := strings.Join(urls, ",")
+	if client := c.clients[key]; client != nil { // waits ask often, and for hours
+		return client
+	}
 	client, err := api.New(api.Config{Addresses: urls, Token: c.token, Timeout: 30 * time.Second})
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	if c.clients == nil {
+		c.clients = map[string]*api.Client{}
+	}
+	c.clients[key] = client
 	c.t.Cleanup(client.Close)
 	return client
+}
+
+// hangUp closes the connections of the test's own clients.
+func (c *cluster) hangUp() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, client := range c.clients {
+		client.Close()
+	}
+	c.clients = nil
+	direct.CloseIdleConnections()
 }
 
 // live are the nodes whose process runs.

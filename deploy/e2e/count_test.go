@@ -23,10 +23,12 @@ type counting struct {
 	mount  string
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	newest generations
 
 	mu             sync.Mutex
 	acked, unknown int
 	failed         []string
+	backwards      []string // answers of an older generation after a newer one
 	sent           int
 }
 
@@ -54,10 +56,14 @@ func (k *counting) once(ctx context.Context, s *server, write bool) {
 	if write {
 		method, body = http.MethodPut, `{"add":1}`
 	}
-	status, answer, err := k.c.send(ctx, s, method, k.mount+"/data/count", body)
+	known := k.newest.known()
+	status, answer, header, err := k.c.sendHeader(ctx, s, method, k.mount+"/data/count", body)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.sent++
+	if old := k.newest.answered(known, header); old != nil {
+		k.backwards = append(k.backwards, old.Error())
+	}
 	switch {
 	case ctx.Err() != nil:
 		if write {
@@ -84,23 +90,37 @@ func (k *counting) stop(t testing.TB, atLeast int) {
 	if len(k.failed) > 0 {
 		t.Errorf("%d requests failed:\n%s", len(k.failed), strings.Join(k.failed[:min(len(k.failed), 12)], "\n"))
 	}
+	if len(k.backwards) > 0 {
+		t.Errorf("%d answers went back:\n%s", len(k.backwards), strings.Join(k.backwards[:min(len(k.backwards), 12)], "\n"))
+	}
 	if k.acked < atLeast {
 		t.Errorf("%d counts are too few to mean anything; wanted %d", k.acked, atLeast)
 	}
 	for _, s := range k.c.live() {
-		_, answer := k.c.request(s, http.MethodGet, k.mount+"/data/count", "")
-		var env struct {
-			Data struct {
-				Value json.Number `json:"value"`
-			} `json:"data"`
-		}
-		err := json.Unmarshal([]byte(answer), &env)
-		n, _ := env.Data.Value.Int64()
-		if err != nil || int(n) < k.acked || int(n) > k.acked+k.unknown {
-			t.Errorf("%s counts %s (%s); acknowledged were %d, unknown %d", s.name, env.Data.Value, answer, k.acked, k.unknown)
+		if err := k.holds(s); err != nil {
+			t.Error(err)
 		}
 	}
 }
+
+// holds says what is wrong with the count that a node answers, after the load has stopped.
+func (k *counting) holds(s *server) error {
+	_, answer := k.c.request(s, http.MethodGet, k.mount+"/data/count", "")
+	var env struct {
+		Data struct {
+			Value json.Number `json:"value"`
+		} `json:"data"`
+	}
+	err := json.Unmarshal([]byte(answer), &env)
+	n, _ := env.Data.Value.Int64()
+	if err != nil || int(n) < k.acked || int(n) > k.acked+k.unknown {
+		return fmt.Errorf("%s counts %s (%s); acknowledged were %d, unknown %d", s.name, env.Data.Value, answer, k.acked, k.unknown)
+	}
+	return nil
+}
+
+// direct is what send uses: as many connections to a node as there are clients.
+var direct = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 128, IdleConnTimeout: 30 * time.Second}}
 
 // request sends one request with the root token and returns status and body.
 func (c *cluster) request(s *server, method, path, body string) (int, string) {
@@ -113,20 +133,25 @@ func (c *cluster) request(s *server, method, path, body string) (int, string) {
 }
 
 func (c *cluster) send(ctx context.Context, s *server, method, path, body string) (int, string, error) {
+	status, answer, _, err := c.sendHeader(ctx, s, method, path, body)
+	return status, answer, err
+}
+
+func (c *cluster) sendHeader(ctx context.Context, s *server, method, path, body string) (int, string, http.Header, error) {
 	var reader io.Reader
 	if body != "" {
 		reader = strings.NewReader(body)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, s.url()+"/v1/"+path, reader)
 	if err != nil {
-		return 0, "", err
+		return 0, "", nil, err
 	}
 	req.Header.Set(api.HeaderToken, c.token)
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := direct.Do(req)
 	if err != nil {
-		return 0, "", err
+		return 0, "", nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return resp.StatusCode, strings.TrimSpace(string(raw)), err
+	return resp.StatusCode, strings.TrimSpace(string(raw)), resp.Header, err
 }

@@ -8,8 +8,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,6 +30,8 @@ type loadOptions struct {
 	keys int
 	// pace is a writer's pause between requests, readPace a reader's; 0 sends the next one at once.
 	pace, readPace time.Duration
+	// patience is how long a client waits for an answer; default a minute.
+	patience time.Duration
 	// excused says which failures are not the cluster's: what was sent to a node that the test killed.
 	excused func(*server) bool
 }
@@ -42,10 +46,14 @@ type load struct {
 	opt    loadOptions
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
+	newest generations
 
 	mu  sync.Mutex
 	sum loadSum
 	own []*ownKey
+	// writePace and readPace are pauses between requests, which a test may change.
+	writePace, readPace time.Duration
+	latency             []time.Duration // of every answer since the last call of latencies
 	// acknowledged is what any client was told of a key: a reader of the same node may see no less, and no more than
 	// what was tried.
 	hotAcked, hotUnknown int
@@ -80,11 +88,14 @@ func startLoad(c *cluster, opt loadOptions) *load {
 	if opt.keys == 0 {
 		opt.keys = 8
 	}
+	if opt.patience == 0 {
+		opt.patience = time.Minute
+	}
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &load{c: c, opt: opt, cancel: cancel}
+	l := &load{c: c, opt: opt, cancel: cancel, writePace: opt.pace, readPace: opt.readPace}
 	c.t.Cleanup(func() { cancel(); l.wg.Wait() })
 	n := 0
-	spawn := func(count int, pace time.Duration, run func(*loader, context.Context, int)) {
+	spawn := func(count int, pace *time.Duration, run func(*loader, context.Context, int)) {
 		for i := range count {
 			s := c.nodes[n%len(c.nodes)]
 			n++
@@ -95,11 +106,64 @@ func startLoad(c *cluster, opt loadOptions) *load {
 			})
 		}
 	}
-	spawn(opt.writers, opt.pace, (*loader).write)
-	spawn(opt.hot, opt.pace, (*loader).count)
-	spawn(opt.readers, opt.readPace, (*loader).read)
+	spawn(opt.writers, &l.writePace, (*loader).write)
+	spawn(opt.hot, &l.writePace, (*loader).count)
+	spawn(opt.readers, &l.readPace, (*loader).read)
 	l.atLeast(2 * (opt.writers + opt.hot))
 	return l
+}
+
+// paced changes the pauses of all clients.
+func (l *load) paced(write, read time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.writePace, l.readPace = write, read
+}
+
+// latencies are the times that the answers took since the last call, sorted.
+func (l *load) latencies() []time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := l.latency
+	l.latency = nil
+	slices.Sort(out)
+	return out
+}
+
+// answers is how many requests were answered as they should be.
+func (s loadSum) answers() int { return s.acked + s.reads + s.conflicts }
+
+// generations is the newest generation of one mount that each node has answered with, as any client knows. A request
+// that is sent after such an answer must not be answered by that node with an older one.
+type generations struct {
+	mu     sync.Mutex
+	newest map[string]uint64
+}
+
+// known is what is known before a request is sent.
+func (g *generations) known() map[string]uint64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return maps.Clone(g.newest)
+}
+
+// answered takes an answer's headers in, and says when they are behind what was known before its request was sent.
+func (g *generations) answered(known map[string]uint64, h http.Header) error {
+	n, err := strconv.ParseUint(h.Get(api.HeaderGeneration), 10, 64)
+	if err != nil {
+		return nil // no plugin answered
+	}
+	node := h.Get(api.HeaderNode)
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.newest == nil {
+		g.newest = map[string]uint64{}
+	}
+	g.newest[node] = max(g.newest[node], n)
+	if n < known[node] {
+		return fmt.Errorf("%s answered with generation %d after %d", node, n, known[node])
+	}
+	return nil
 }
 
 // snapshot is the sum so far.
@@ -138,7 +202,7 @@ func (l *load) stop() loadSum {
 // readBack holds what a node answers now against everything that was acknowledged.
 func (l *load) readBack(s *server) {
 	l.c.t.Helper()
-	cl := newLoader(l, s, 0)
+	cl := newLoader(l, s, nil)
 	defer cl.http.CloseIdleConnections()
 	ctx := timeout(l.c.t, long)
 	for _, k := range l.own {
@@ -198,15 +262,14 @@ func (s loadSum) clean(t testing.TB, atLeast int) {
 type loader struct {
 	l       *load
 	s       *server
-	pace    time.Duration
+	pace    *time.Duration // guarded by l.mu; nil for none
 	http    *http.Client
-	seen    map[string]uint64 // by answering node: the newest generation
-	version map[string]int    // by key: the newest version that this client knows of
+	version map[string]int // by key: the newest version that this client knows of
 }
 
-func newLoader(l *load, s *server, pace time.Duration) *loader {
-	return &loader{l: l, s: s, pace: pace, seen: map[string]uint64{}, version: map[string]int{}, http: &http.Client{
-		Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: time.Minute,
+func newLoader(l *load, s *server, pace *time.Duration) *loader {
+	return &loader{l: l, s: s, pace: pace, version: map[string]int{}, http: &http.Client{
+		Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: l.opt.patience,
 	}}
 }
 
@@ -216,14 +279,20 @@ type kvValue struct {
 	value   string
 }
 
+// maxLatencies bounds what a long load remembers between two calls of latencies.
+const maxLatencies = 4 << 20
+
 // hotKey is counted up by every hot writer.
 const hotKey = "hot"
 
 func (c *loader) pause(ctx context.Context) bool {
-	if c.pace <= 0 {
+	c.l.mu.Lock()
+	pace := *c.pace
+	c.l.mu.Unlock()
+	if pace <= 0 {
 		return ctx.Err() == nil
 	}
-	t := time.NewTimer(c.pace/2 + rand.N(c.pace))
+	t := time.NewTimer(pace/2 + rand.N(pace))
 	defer t.Stop()
 	select {
 	case <-t.C:
@@ -447,6 +516,7 @@ func (c *loader) call(ctx context.Context, method, key, body string) (int, []byt
 		req.ContentLength = 0
 	}
 	req.Header.Set(api.HeaderToken, c.l.c.token)
+	known, began := c.l.newest.known(), time.Now()
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return 0, nil, err
@@ -456,13 +526,14 @@ func (c *loader) call(ctx context.Context, method, key, body string) (int, []byt
 	if err != nil {
 		return 0, nil, err
 	}
-	if g, err := strconv.ParseUint(resp.Header.Get(api.HeaderGeneration), 10, 64); err == nil {
-		node := resp.Header.Get(api.HeaderNode)
-		if g < c.seen[node] {
-			c.l.note(fmt.Sprintf("%s answered with generation %d after %d", node, g, c.seen[node]),
-				func(s *loadSum) { s.backwards++ })
-		}
-		c.seen[node] = max(c.seen[node], g)
+	if err := c.l.newest.answered(known, resp.Header); err != nil {
+		c.l.note(err.Error(), func(s *loadSum) { s.backwards++ })
 	}
+	took := time.Since(began)
+	c.l.mu.Lock()
+	if len(c.l.latency) < maxLatencies {
+		c.l.latency = append(c.l.latency, took)
+	}
+	c.l.mu.Unlock()
 	return resp.StatusCode, bytes.TrimSpace(raw), nil
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -29,7 +30,7 @@ type watched struct {
 
 // watch asks a node for the demo plugin from several clients, without a pause worth the name, until stop, which
 // returns every answer that a plugin gave in the order in which the requests were sent.
-func (s *server) watch(clients int) (stop func() []watched) {
+func (s *server) watch(clients int) (count func() int, stop func() []watched) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -54,7 +55,8 @@ func (s *server) watch(clients int) (stop func() []watched) {
 			}
 		})
 	}
-	return func() []watched {
+	count = func() int { mu.Lock(); defer mu.Unlock(); return len(seen) }
+	return count, func() []watched {
 		cancel()
 		wg.Wait()
 		slices.SortFunc(seen, func(a, b watched) int { return a.sent.Compare(b.sent) })
@@ -81,7 +83,13 @@ func TestAFollowerThatIsCutOffFallsSilentAndReturnsWithTheNewGeneration(t *testi
 		t.Run(how.name, func(t *testing.T) {
 			version = map[string]string{"v1.0.0": "v1.1.0", "v1.1.0": "v1.0.0"}[version]
 			off := c.followers()[0]
-			stop := off.watch(4)
+			count, stop := off.watch(4)
+			until(t, short, "it answers", func() error {
+				if n := count(); n < 20 {
+					return fmt.Errorf("%d times", n)
+				}
+				return nil
+			})
 			for _, r := range how.rules {
 				c.net.rule(off.index, r)
 			}

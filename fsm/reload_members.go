@@ -102,7 +102,7 @@ func (e *entry) expectLate(n *commandv1.Node) {
 }
 
 // stillWanted reports whether a node is to run what this reload committed, for any of its mounts: else something newer
-// has taken its place, and nobody will hear of this one again.
+// has taken its place, and the report to that one settles this one as well (mergeOlder).
 func (s *state) stillWanted(r *commandv1.Reload, node string) bool {
 	for _, t := range r.GetTargets() {
 		if wantedOf(get(&s.mounts, t.GetMountUuid()), node).GetReloadId() == r.GetId() {

@@ -23,6 +23,7 @@ func (e *entry) reportBatch(c *commandv1.ReportBatch) error {
 		}
 		if e.merge(r, rep) {
 			order = append(order, stored.GetId())
+			order = append(order, e.mergeOlder(r, rep, touched)...)
 		}
 	}
 	done := map[string]bool{}
@@ -246,6 +247,42 @@ func markSafe(r *commandv1.Reload, p *commandv1.Participant) {
 		}
 	}
 	p.Safe = safe
+}
+
+// mergeOlder tells the records that ended without a node, and before what it runs now, that it has converged: it missed
+// several reloads of a mount, and reports to the last of them alone. It returns the ids of those that it changed, which it
+// has put among the touched ones.
+func (e *entry) mergeOlder(newer *commandv1.Reload, rep *commandv1.Report, touched map[string]*commandv1.Reload) (ids []string) {
+	owing := func(r *commandv1.Reload, m *commandv1.MountReport) bool {
+		p := findParticipant(r, rep.GetNodeId())
+		return p != nil && !out(p) && mayConverge(findOutcome(p, m.GetMountUuid()))
+	}
+	for _, m := range rep.GetMounts() {
+		if m.GetStage() != commandv1.MountReport_STAGE_SWITCHED {
+			continue
+		}
+		e.reloads.Scan(func(id string, stored *commandv1.Reload) bool {
+			r := touched[id]
+			if r == nil {
+				r = stored
+			}
+			if r.GetPhase() != commandv1.Phase_PHASE_DONE || r.GetGeneration() >= newer.GetGeneration() || !owing(r, m) ||
+				findTarget(r, m.GetMountUuid()).GetUnmounted() {
+				return true
+			}
+			if touched[id] == nil {
+				r = clone(r)
+				touched[id] = r
+			}
+			p := findParticipant(r, rep.GetNodeId())
+			if e.mergeLate(r, p, findOutcome(p, m.GetMountUuid()), m) {
+				p.Incarnation, p.LastReportIndex = rep.GetIncarnation(), e.index
+				ids = append(ids, id)
+			}
+			return true
+		})
+	}
+	return ids
 }
 
 // mergeLate takes a node that was down, or slow, into a record that has ended without it.

@@ -229,7 +229,9 @@ func resourceFaults() []trouble {
 			v.start()
 			return func() {
 				x.note("%d OOM kills of %s and its plugins", g.oomKills(), v.name)
-				if !v.ended() {
+				if v.ended() {
+					_ = v.gone(time.Second)
+				} else {
 					v.kill()
 				}
 				v.group = nil

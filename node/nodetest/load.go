@@ -26,6 +26,8 @@ type Load struct {
 	// Told counts the requests that the plugin failed because its arguments say so. They are not among Failed.
 	Sent, Failed, Told, Backwards atomic.Int64
 	hotAcked                      atomic.Int64
+	acked                         []atomic.Int64
+	cluster                       *Cluster
 
 	mu         sync.Mutex
 	FirstError string
@@ -46,7 +48,7 @@ func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.
 		cancel: cancel, record: c.Record, mount: strings.Trim(mount, "/") + "/", token: c.Token, addresses: c.Addresses(),
 		http: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: writers + hot + readers}, Timeout: 40 * time.Second},
 	}
-	l.path = "/v1/" + l.mount + "data/"
+	l.path, l.acked, l.cluster = "/v1/"+l.mount+"data/", make([]atomic.Int64, writers), c
 	for _, n := range c.Nodes() {
 		l.names = append(l.names, n.Name())
 	}
@@ -68,7 +70,9 @@ func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.
 	for i := range writers {
 		run(i, func(ctx context.Context, u *user) {
 			// A number is never written twice, not even where nobody knows what became of it.
-			u.write(ctx, "own-"+strconv.Itoa(i), tried[i].Add(1))
+			if n := tried[i].Add(1); u.write(ctx, own(i), n) {
+				l.acked[i].Store(n)
+			}
 		})
 	}
 	for i := range hot {
@@ -82,7 +86,7 @@ func (c *Cluster) StartLoad(mount string, writers, hot, readers int, think time.
 		run(i, func(ctx context.Context, u *user) {
 			k := i % max(writers, 1)
 			// A reader on another node may be a little behind; what it reads must never be ahead.
-			if value, ok := u.read(ctx, check.Read, "own-"+strconv.Itoa(k)); ok && value > tried[k].Load() {
+			if value, ok := u.read(ctx, check.Read, own(k)); ok && value > tried[k].Load() {
 				l.problem("read %d of own-%d, but only %d were written", value, k, tried[k].Load())
 			}
 		})
@@ -115,24 +119,33 @@ func (l *Load) Stop(ctx context.Context) []string {
 	return out
 }
 
-// final reads every key when nothing writes any more, and records what it reads for the checker.
+// own is the key of writer i.
+func own(i int) string { return "own-" + strconv.Itoa(i) }
+
+// final reads every key on every node when nothing writes any more, and records what it reads for the checker.
 func (l *Load) final(ctx context.Context) {
-	acked := l.hotAcked.Load()
-	u := l.user(0, 0)
-	if acked > 0 {
-		// A follower may be behind what another node has acknowledged, for a moment.
-		value := int64(0)
-		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
-			var ok bool
-			if value, ok = u.read(ctx, check.Read, "hot"); ok && value >= acked {
-				break
-			}
-		}
-		if value < acked {
-			l.problem("hot holds %d, but %d additions were acknowledged", value, acked)
-		}
-		u.read(ctx, check.Final, "hot")
+	want := map[string]int64{"hot": l.hotAcked.Load()}
+	for i := range l.acked {
+		want[own(i)] = l.acked[i].Load()
 	}
+	for i, name := range l.names {
+		if l.cluster.Node(l.cluster.number(name)) == nil {
+			continue
+		}
+		u := l.user(i, i)
+		for key, acked := range want {
+			// A follower may be behind what another node has acknowledged, for a moment.
+			value := int64(0)
+			for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && value < acked; time.Sleep(5 * time.Millisecond) {
+				value, _ = u.read(ctx, check.Read, key)
+			}
+			if value < acked {
+				l.problem("%s holds %d on %s, but %d was acknowledged", key, value, name, acked)
+			}
+			u.read(ctx, check.Final, key)
+		}
+	}
+	l.cluster.recordRunning()
 }
 
 type user struct {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -156,6 +157,7 @@ func (c *Cluster) Client(i int) *api.Client {
 // Register enters a version of the test plugin, with arguments of package demoplugin.
 func (c *Cluster) Register(name, version string, args ...string) {
 	c.t.Helper()
+	op := c.Record.Invoke(check.Op{Kind: check.Register, Node: c.Node(0).Name(), Key: "secret/" + name + "/" + version, Input: c.Sum})
 	_, err := c.Client(0).RegisterPlugin(c.t.Context(), "secret", name, api.RegisterRequest{
 		SHA256: c.Sum, Version: version, Command: PluginCommand,
 		Args: append([]string{pluginArg, "-version", version}, args...),
@@ -163,6 +165,8 @@ func (c *Cluster) Register(name, version string, args ...string) {
 	if err != nil {
 		c.t.Fatalf("register %s %s: %v", name, version, err)
 	}
+	op.Outcome = check.OK
+	c.Record.Complete(op)
 }
 
 // Enable mounts a plugin and waits until every node serves it.
@@ -193,14 +197,20 @@ func (c *Cluster) Reload(i int, req api.ReloadRequest) *api.Reload {
 	ctx, cancel := context.WithTimeout(c.t.Context(), time.Minute)
 	defer cancel()
 	client := c.Client(i)
+	op := c.Record.Invoke(check.Op{Kind: check.Start, Node: c.Node(i).Name(), Input: fmt.Sprintf("%+v", req)})
 	resp, _, err := client.Reload(ctx, "", req)
 	if err != nil {
 		c.t.Fatalf("reload: %v", err)
 	}
+	op.Key, op.Output, op.Outcome = resp.ReloadID, resp.ReloadID, check.OK
+	c.Record.Complete(op)
+	op = c.Record.Invoke(check.Op{Kind: check.Status, Node: c.Node(i).Name(), Key: resp.ReloadID})
 	rec, err := client.WaitReload(ctx, resp.ReloadID, api.Watcher{})
 	if err != nil {
 		c.t.Fatalf("wait for reload %s: %v (%+v)", resp.ReloadID, err, rec)
 	}
+	op.Output, op.Outcome = rec.Phase, check.OK
+	c.Record.Complete(op)
 	return rec
 }
 

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"rollcall/node"
@@ -31,6 +32,28 @@ func (c *Cluster) StartNode(ctx context.Context, i int) error {
 		healed()
 	}
 	return err
+}
+
+// number is the number of the node with this name, running or not.
+func (c *Cluster) number(name string) int {
+	n, _ := strconv.Atoi(strings.TrimPrefix(name, "node-"))
+	return n - 1
+}
+
+// recordRunning waits until every running node serves, and records what it then runs.
+func (c *Cluster) recordRunning() {
+	c.t.Helper()
+	c.Serving()
+	for _, n := range c.Nodes() {
+		v := n.State().View()
+		for _, run := range n.Reloads().Running() {
+			m := v.Mount(run.MountUUID)
+			c.Record.Event(check.Event{
+				Node: n.Name(), Kind: check.Running, Mount: m.GetPath(), MountID: run.MountUUID, Generation: run.Generation,
+				Want: v.Wanted(m, n.ID()).GetGeneration(), SHA256: run.Spec.GetSha256(), PID: run.PID,
+			})
+		}
+	}
 }
 
 // judge checks the record when everything has ended. A run that is not good is kept, so that it can be judged again.

@@ -27,6 +27,7 @@ func (c *Cluster) rollback(i int, name string) *api.Reload {
 func TestAPluginThatFailsOnlyForRealIsRolledBackWhereAsked(t *testing.T) {
 	c, l := upgrade(t)
 	c.Register("demo", "v2.0.0", "-fail-on", "node-2", "-fail", "second-setup")
+	healed := c.Record.Fault("bad plugin", "node-2", "it fails in the Setup that is for real")
 	rec := c.Reload(0, api.ReloadRequest{Plugin: "demo", Scope: "global", Version: "v2.0.0", OnSwitchFailure: "rollback"})
 	if rec.Outcome != api.OutcomeRolledBack || rec.RolledBackBy == "" || rec.DecidedIndex == 0 {
 		t.Fatalf("%s (%s): %+v", rec.Outcome, rec.Why, rec.Nodes)
@@ -41,6 +42,7 @@ func TestAPluginThatFailsOnlyForRealIsRolledBackWhereAsked(t *testing.T) {
 		}
 	}
 	c.everyNodeSays(t, "v1.0.0")
+	healed()
 	l.Stop(t.Context())
 	// The node with the bad plugin could answer nothing for a moment; what was acknowledged is there all the same.
 	if l.Backwards.Load() > 0 {

@@ -34,8 +34,8 @@ func (j *judge) data() {
 
 // counter checks a key that is counted up. Increments must be positive.
 func (j *judge) counter(name string, ops []*Op) {
-	var called, returned []timed // every addition that may have happened, by its call; the acknowledged by their return
-	mine := map[string][]timed{} // the acknowledged through each node
+	var called []timed          // every addition that may have happened, by its call
+	own := map[string][]timed{} // the acknowledged through each node, by their return
 	acked, possible := int64(0), int64(0)
 	for _, op := range ops {
 		if op.Kind != Add || op.Outcome == Failed {
@@ -50,15 +50,12 @@ func (j *judge) counter(name string, ops []*Op) {
 		called = append(called, timed{op.Call, n})
 		if op.Outcome == OK {
 			acked += n
-			returned = append(returned, timed{op.Return, n})
-			mine[op.Node] = append(mine[op.Node], timed{op.Return, n})
+			own[op.Node] = append(own[op.Node], timed{op.Return, n})
 		}
 	}
 	total := sums(called)
-	_ = sums(returned)
-	own := map[string][]timed{}
-	for node, t := range mine {
-		own[node] = sums(t)
+	for node := range own {
+		own[node] = sums(own[node])
 	}
 	seen := map[string][]timed{} // what was read on each node, by the read's return
 	reads := ofKinds(ops, Read, Final)
@@ -72,13 +69,14 @@ func (j *judge) counter(name string, ops []*Op) {
 			}
 		}
 		j.looked("I3", 1)
-		if most := sumBefore(total, op.Return+1); v > most {
+		if most := lastBefore(total, op.Return+1, 0); v > most {
 			j.bad("I3", []uint64{op.ID}, "%s was read as %d when no more than %d had been added: something was applied twice", name, v, most)
 		}
 		if op.Kind == Final && (v < acked || v > possible) {
 			j.bad("I3", []uint64{op.ID}, "%s holds %d at the end on %s; %d were acknowledged and %d more are possible", name, v, op.Node, acked, possible-acked)
 		}
-		if least := sumBefore(own[op.Node], op.Call); v < least {
+		j.looked("I17", 1)
+		if least := lastBefore(own[op.Node], op.Call, 0); v < least {
 			j.bad("I17", []uint64{op.ID}, "%s was read as %d through %s, which had acknowledged %d before", name, v, op.Node, least)
 		}
 		seen[op.By] = append(seen[op.By], timed{op.Return, v})
@@ -128,8 +126,6 @@ func lastBefore(t []timed, at, none int64) int64 {
 	return t[i-1].n
 }
 
-func sumBefore(t []timed, at int64) int64 { return lastBefore(t, at, 0) }
-
 func ofKinds(ops []*Op, kinds ...Kind) []*Op {
 	var out []*Op
 	for _, op := range ops {
@@ -145,8 +141,9 @@ type version struct{ call, ret int64 }
 
 // register checks a key that is written with values that are all different.
 func (j *judge) register(name string, ops []*Op) {
-	versions := map[string]version{"": {0, 0}} // nothing, before the run
-	acked := map[string][]timed{}              // by node: returns of acknowledged changes, with their calls
+	versions := map[string]version{}
+	gone := []timed{{0, 0}}       // when there may be nothing: before the run, and after each deletion, by its call
+	acked := map[string][]timed{} // by node: returns of acknowledged changes, with their calls
 	var all []timed
 	for _, op := range ops {
 		if op.Kind != Write && op.Kind != Delete || op.Outcome == Failed {
@@ -159,28 +156,36 @@ func (j *judge) register(name string, ops []*Op) {
 			acked[op.Node] = append(acked[op.Node], timed{op.Return, op.Call})
 			all = append(all, timed{op.Return, op.Call})
 		}
-		value := op.Input
 		if op.Kind == Delete {
-			value = ""
-			old := versions[""]
-			v.call, v.ret = old.call, max(old.ret, v.ret)
-		} else if _, twice := versions[value]; twice {
-			j.bad("recording", []uint64{op.ID}, "%s is written %q twice: the values of a key must differ", name, value)
+			gone = append(gone, timed{v.call, v.ret})
+			continue
+		}
+		if _, twice := versions[op.Input]; twice || op.Input == "" {
+			j.bad("recording", []uint64{op.ID}, "%s is written %q twice: the values of a key must differ", name, op.Input)
 			return
 		}
-		versions[value] = v
+		versions[op.Input] = v
 	}
 	for node := range acked {
 		acked[node] = highest(acked[node])
 	}
-	all = highest(all)
+	all, gone = highest(all), highest(gone)
+	// shown is what a read shows; of several deletions the last one that may have been before its end.
+	shown := func(op *Op) (version, bool) {
+		if op.Output == "" {
+			return version{0, lastBefore(gone, op.Return+1, 0)}, true
+		}
+		v, known := versions[op.Output]
+		return v, known && v.call <= op.Return
+	}
 	reads := ofKinds(ops, Read, Final)
 	seen := map[string][]timed{}
 	ends := map[string]*Op{}
 	for _, op := range reads {
 		j.looked("I3", 1)
-		v, known := versions[op.Output]
-		if !known || v.call > op.Return {
+		j.looked("I17", 1)
+		v, known := shown(op)
+		if !known {
 			j.bad("I3", []uint64{op.ID}, "%s was read as %q, which nobody had written", name, op.Output)
 			continue
 		}
@@ -203,7 +208,7 @@ func (j *judge) register(name string, ops []*Op) {
 		seen[node] = highest(seen[node])
 	}
 	for _, op := range reads {
-		v, known := versions[op.Output]
+		v, known := shown(op)
 		if before := lastBefore(seen[op.By], op.Call, -1); known && before > v.ret {
 			j.bad("I17", []uint64{op.ID}, "%s was read as %q on %s after something later", name, op.Output, op.By)
 		}

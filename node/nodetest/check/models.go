@@ -2,6 +2,7 @@ package check
 
 import (
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/anishathalye/porcupine"
@@ -63,7 +64,8 @@ var catalogModel = porcupine.Model{
 			if op.Refused {
 				return state != "" && state != op.Input, state // a version has one sha256
 			}
-			return true, op.Input
+			// Without a version the row may be replaced; with one it keeps its sha256 until it is removed.
+			return state == "" || state == op.Input || strings.HasSuffix(op.Key, "/"), op.Input
 		case Deregister:
 			return true, ""
 		default:

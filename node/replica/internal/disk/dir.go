@@ -6,6 +6,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -28,6 +29,7 @@ const (
 	clusterFile     = "cluster_id"
 	logFile         = "raft.db"
 	ringFile        = "keyring"
+	markFile        = "raft.mark"
 )
 
 // Dir is the directory of one replica, locked for this process. It is made by OpenDir and released by Close.
@@ -143,13 +145,17 @@ func (d *Dir) identify() error {
 				"is missing beside an existing Raft log: the directory is damaged; restore it, or move it away to start as a new node")
 		}
 		d.NodeID = uuid.NewString()
-		if err := writeDurably(path, []byte(d.NodeID+"\n")); err != nil {
+		if err := writeDurably(path, wordLine(d.NodeID)); err != nil {
 			return err
 		}
 	case err != nil:
 		return fault.As(fault.Internal, err, "read node id", path)
 	default:
-		id, perr := uuid.Parse(strings.TrimSpace(string(raw)))
+		word, err := readWord(raw)
+		if err != nil {
+			return fault.Wrap(err, "read node id", path)
+		}
+		id, perr := uuid.Parse(word)
 		if perr != nil {
 			return fault.New(fault.Corrupt, "read node id", path, "holds no UUID: %w", perr)
 		}
@@ -165,7 +171,11 @@ func (d *Dir) countBoot() error {
 		return fault.As(fault.Internal, err, "read boot counter", path)
 	}
 	if err == nil {
-		if d.Incarnation, err = strconv.ParseUint(strings.TrimSpace(string(raw)), 10, 64); err != nil {
+		word, err := readWord(raw)
+		if err != nil {
+			return fault.Wrap(err, "read boot counter", path)
+		}
+		if d.Incarnation, err = strconv.ParseUint(word, 10, 64); err != nil {
 			return fault.New(fault.Corrupt, "read boot counter", path, "holds no number: %w", err)
 		}
 	} else if _, serr := os.Stat(filepath.Join(d.Path, logFile)); serr == nil {
@@ -173,7 +183,22 @@ func (d *Dir) countBoot() error {
 			"is missing beside an existing Raft log: a node must never reuse an incarnation; restore it, or move the directory away")
 	}
 	d.Incarnation++
-	return writeDurably(path, fmt.Appendf(nil, "%d\n", d.Incarnation))
+	return writeDurably(path, wordLine(strconv.FormatUint(d.Incarnation, 10)))
+}
+
+// wordLine is how a word is kept in a file of its own: with a checksum, in one line.
+func wordLine(word string) []byte {
+	return fmt.Appendf(nil, "%s %08x\n", word, crc32.Checksum([]byte(word), castagnoli))
+}
+
+// readWord reads wordLine. A line without a checksum is one of before there were any.
+func readWord(raw []byte) (string, error) {
+	line, whole := strings.CutSuffix(string(raw), "\n")
+	word, sum, has := strings.Cut(line, " ")
+	if !whole || has && sum != fmt.Sprintf("%08x", crc32.Checksum([]byte(word), castagnoli)) {
+		return "", fault.Text(fault.Corrupt, "the file is damaged: it is not a whole line with its checksum")
+	}
+	return word, nil
 }
 
 // writeDurably replaces a file so that after a power loss either the old or the new content is there.
@@ -220,10 +245,17 @@ func (d *Dir) ClusterID() (string, error) {
 	if err != nil {
 		return "", fault.As(fault.Internal, err, "read cluster id", d.Path)
 	}
-	return strings.TrimSpace(string(raw)), nil
+	word, err := readWord(raw)
+	if err == nil {
+		_, err = uuid.Parse(word)
+	}
+	if err != nil {
+		return "", fault.New(fault.Corrupt, "read cluster id", d.Path, "holds no UUID: %w", err)
+	}
+	return word, nil
 }
 
 // SetClusterID makes the membership durable.
 func (d *Dir) SetClusterID(id string) error {
-	return writeDurably(filepath.Join(d.Path, clusterFile), []byte(id+"\n"))
+	return writeDurably(filepath.Join(d.Path, clusterFile), wordLine(id))
 }

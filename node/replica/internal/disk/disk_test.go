@@ -22,11 +22,16 @@ import (
 
 func openStores(t testing.TB, path string) (*Dir, *Stores, error) {
 	t.Helper()
+	return openStoresWith(t, path, Options{NoSync: true, Limit: time.Second})
+}
+
+func openStoresWith(t testing.TB, path string, opts Options) (*Dir, *Stores, error) {
+	t.Helper()
 	d, err := OpenDir(path)
 	if err != nil {
 		return nil, nil, err
 	}
-	s, err := d.Open(Options{NoSync: true, Limit: time.Second})
+	s, err := d.Open(opts)
 	if err != nil {
 		if cerr := d.Close(); cerr != nil {
 			t.Fatal(cerr)
@@ -38,7 +43,12 @@ func openStores(t testing.TB, path string) (*Dir, *Stores, error) {
 
 func mustOpen(t testing.TB, path string) (*Stores, func()) {
 	t.Helper()
-	d, s, err := openStores(t, path)
+	return mustOpenWith(t, path, Options{NoSync: true, Limit: time.Second})
+}
+
+func mustOpenWith(t testing.TB, path string, opts Options) (*Stores, func()) {
+	t.Helper()
+	d, s, err := openStoresWith(t, path, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,12 +200,8 @@ func TestNoFlippedBitIsSilent(t *testing.T) {
 
 func same(s *Stores) error {
 	for _, want := range entries(38, 400) {
-		var got raft.Log
-		if err := s.Log.GetLog(want.Index, &got); err != nil {
+		if err := sameEntry(s, want.Index, want.Data, want.Term); err != nil {
 			return err
-		}
-		if !bytes.Equal(got.Data, want.Data) || got.Term != want.Term {
-			return fmt.Errorf("entry %d is %+v", want.Index, got)
 		}
 	}
 	if last, err := s.Log.LastIndex(); err != nil || last != 400 {
@@ -206,6 +212,18 @@ func same(s *Stores) error {
 	}
 	if v, err := s.Stable.Get([]byte("LastVoteCand")); err != nil || string(v) != "node-a" {
 		return fmt.Errorf("vote %q, %w", v, err)
+	}
+	return nil
+}
+
+// sameEntry reads one entry and compares it.
+func sameEntry(s *Stores, index uint64, data []byte, term uint64) error {
+	var got raft.Log
+	if err := s.Log.GetLog(index, &got); err != nil {
+		return err
+	}
+	if !bytes.Equal(got.Data, data) || got.Term != term {
+		return fmt.Errorf("entry %d is %+v", index, got)
 	}
 	return nil
 }

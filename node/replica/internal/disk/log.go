@@ -27,6 +27,7 @@ type Log struct {
 	watch     *Watch
 	vault     *vault // nil where nothing is sealed
 	path      string // of the directory
+	mark      *mark  // nil where there are no files, or nothing is waited for
 	onCorrupt atomic.Pointer[func(error)]
 }
 
@@ -85,7 +86,7 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 	for i, log := range l.vault.lock(logs) {
 		stamped[i] = stamp(log)
 	}
-	return l.report(l.watch.write(func() error {
+	err := l.report(l.watch.write(func() error {
 		if err := failpoint.Hit(failpoint.DiskAppend, l.path); err != nil {
 			return err
 		}
@@ -94,12 +95,27 @@ func (l *Log) StoreLogs(logs []*raft.Log) error {
 		}
 		return failpoint.Hit(failpoint.DiskFsync, l.path)
 	}))
+	if err == nil && len(logs) > 0 {
+		l.mark.stored(logs[len(logs)-1].Index)
+	}
+	return err
 }
 
 // DeleteRange is raft.LogStore's, under the watch. Data keys that nothing on the disk needs any more go with the entries.
 func (l *Log) DeleteRange(first, last uint64) error {
-	err := l.report(l.watch.write(func() error {
-		return Guarded("compact raft log", "", func() error { return l.inner.DeleteRange(first, last) })
+	end, err := l.LastIndex()
+	if err != nil {
+		return err
+	}
+	err = l.report(l.watch.write(func() error {
+		return Guarded("compact raft log", "", func() error {
+			if last >= end && first > 0 {
+				if err := l.mark.cut(first - 1); err != nil {
+					return err
+				}
+			}
+			return l.inner.DeleteRange(first, last)
+		})
 	}))
 	if err == nil {
 		l.vault.retire(l.FirstIndex)
@@ -177,6 +193,7 @@ type Stable struct {
 	watch *Watch
 	path  string          // of the directory
 	stop  <-chan struct{} // ends the wait for room
+	mark  *mark
 }
 
 var _ raft.StableStore = (*Stable)(nil)
@@ -217,7 +234,11 @@ func (s *Stable) Get(key []byte) (val []byte, err error) {
 
 // SetUint64 is raft.StableStore's.
 func (s *Stable) SetUint64(key []byte, val uint64) error {
-	return s.Set(key, binary.BigEndian.AppendUint64(nil, val))
+	err := s.Set(key, binary.BigEndian.AppendUint64(nil, val))
+	if err == nil {
+		s.mark.voted(key, val)
+	}
+	return err
 }
 
 // GetUint64 is raft.StableStore's; see Get.

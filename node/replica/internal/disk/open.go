@@ -87,13 +87,13 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 		if opts.Keys != nil {
 			return nil, fault.New(fault.Invalid, "open data directory", d.Path, "what is no file cannot be sealed")
 		}
-		return d.stores(opts, opts.Backing, nil)
+		return d.stores(opts, opts.Backing, nil, nil)
 	}
 	backing, err := d.openFiles(opts)
 	if err != nil {
 		return nil, err
 	}
-	s, err := d.stores(opts, backing, backing.snapshots.vault)
+	s, err := d.stores(opts, backing, backing.snapshots.vault, backing.mark)
 	if err == nil && s.Ring != nil {
 		backing.snapshots.vault.retire(s.Log.FirstIndex)
 	}
@@ -101,15 +101,15 @@ func (d *Dir) Open(opts Options) (*Stores, error) {
 }
 
 // stores puts the checks and the watch on top of what keeps the bytes.
-func (d *Dir) stores(opts Options, backing Backing, v *vault) (*Stores, error) {
+func (d *Dir) stores(opts Options, backing Backing, v *vault, m *mark) (*Stores, error) {
 	var store raft.LogStore = backing
 	if opts.Wrap != nil {
 		store = opts.Wrap(store)
 	}
 	watch, stop := newWatch(opts.Limit), make(chan struct{})
 	s := &Stores{
-		Log:       &Log{inner: store, watch: watch, vault: v, path: d.Path},
-		Stable:    &Stable{inner: backing, watch: watch, path: d.Path, stop: stop},
+		Log:       &Log{inner: store, watch: watch, vault: v, mark: m, path: d.Path},
+		Stable:    &Stable{inner: backing, watch: watch, path: d.Path, stop: stop, mark: m},
 		Snapshots: backing.Snapshots(), backing: backing, stop: stop,
 	}
 	if failpoint.Enabled {
@@ -129,7 +129,11 @@ func (d *Dir) stores(opts Options, backing Backing, v *vault) (*Stores, error) {
 type files struct {
 	*raftboltdb.BoltStore
 	snapshots *snapshots
+	mark      *mark
 }
+
+// Close is Backing's.
+func (f *files) Close() error { return errors.Join(f.BoltStore.Close(), f.mark.close()) }
 
 // Snapshots is Backing's.
 func (f *files) Snapshots() raft.SnapshotStore { return f.snapshots }
@@ -150,7 +154,8 @@ func (d *Dir) openFiles(opts Options) (*files, error) {
 		return nil, err
 	}
 	snaps := &snapshots{inner: raw, dir: filepath.Join(d.Path, snapshotDir), vault: v}
-	if err := checkSnapshots(d.Path, snaps, held); err != nil {
+	newest, err := checkSnapshots(d.Path, snaps, held)
+	if err != nil {
 		return nil, err
 	}
 	if v != nil && v.ring.Opening() {
@@ -161,11 +166,17 @@ func (d *Dir) openFiles(opts Options) (*files, error) {
 	if v != nil {
 		v.watchOver(held, snaps, opts.Logger)
 	}
+	var m *mark
+	if !opts.NoSync { // else the log may be behind its mark after a power loss, and is meant to be
+		if m, err = openMark(d.Path, held, newest); err != nil {
+			return nil, err
+		}
+	}
 	bolt, err := openBolt(path, opts.NoSync)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, m.close())
 	}
-	return &files{bolt, snaps}, nil
+	return &files{bolt, snaps, m}, nil
 }
 
 func openBolt(path string, noSync bool) (bolt *raftboltdb.BoltStore, err error) {
@@ -225,13 +236,12 @@ func (d *Dir) openSnapshots(opts Options) (*raft.FileSnapshotStore, error) {
 	return store, nil
 }
 
-// checkSnapshots proves that some readable snapshot reaches the log's first entry.
-func checkSnapshots(path string, store *snapshots, held extent) error {
+// checkSnapshots proves that some readable snapshot reaches the log's first entry, and returns the newest readable one.
+func checkSnapshots(path string, store *snapshots, held extent) (newest uint64, err error) {
 	metas, err := store.List()
 	if err != nil {
-		return fault.As(fault.Corrupt, err, "list snapshots", path)
+		return 0, fault.As(fault.Corrupt, err, "list snapshots", path)
 	}
-	var newest uint64
 	var broken []error
 	for _, m := range metas {
 		if err := store.check(m.ID); err != nil {
@@ -241,12 +251,12 @@ func checkSnapshots(path string, store *snapshots, held extent) error {
 		newest = max(newest, m.Index)
 	}
 	if len(metas) > 0 && len(broken) == len(metas) || held.First > newest+1 {
-		return fault.New(fault.Corrupt, "open snapshots", path,
+		return 0, fault.New(fault.Corrupt, "open snapshots", path,
 			"no readable snapshot reaches the log's first entry %d (last entry %d, best snapshot %d): %w. "+
 				"Move this node's data directory away and start it again under the same name", held.First, held.Last, newest,
 			errors.Join(append(broken, errors.New("the state between them is not on this disk"))...))
 	}
-	return nil
+	return newest, nil
 }
 
 // Guarded runs f so that a panic in it, and a fault on memory-mapped bytes that the file no longer has, come back as

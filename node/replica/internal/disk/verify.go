@@ -35,6 +35,8 @@ type extent struct {
 	// Plain counts the entries that are not sealed; Sealed has, for each data key, the last entry that it has sealed.
 	Plain  uint64
 	Sealed map[uint32]uint64
+	// Term and Vote are the last term and vote that were stored.
+	Term, Vote uint64
 }
 
 // verifier reads a whole log file once and checks every page that is in use: place, layout, order, and the checksum of
@@ -95,10 +97,7 @@ func (v *verifier) run() error {
 		case "logs":
 			return v.bucket(value, v.entry)
 		case "conf":
-			return v.bucket(value, func(_ uint32, key, value []byte) error {
-				_, err := open(key, value)
-				return err
-			})
+			return v.bucket(value, v.vote)
 		default:
 			return corrupt("an unknown bucket %q", name)
 		}
@@ -121,6 +120,21 @@ func (v *verifier) entry(_ uint32, key, value []byte) error {
 		v.extent.First = index
 	}
 	v.extent.Last = index
+	return nil
+}
+
+// vote checks one value of the votes.
+func (v *verifier) vote(_ uint32, key, value []byte) error {
+	val, err := open(key, value)
+	if err != nil || len(val) != 8 {
+		return err
+	}
+	switch {
+	case bytes.Equal(key, keyTerm):
+		v.extent.Term = binary.BigEndian.Uint64(val)
+	case bytes.Equal(key, keyVote):
+		v.extent.Vote = binary.BigEndian.Uint64(val)
+	}
 	return nil
 }
 

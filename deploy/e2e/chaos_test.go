@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -16,6 +17,7 @@ import (
 
 	"rollcall/node/api"
 	"rollcall/node/fault"
+	"rollcall/node/nodetest/check"
 )
 
 // chaos is one run on one cluster: faults one after the other, and reloads whenever, all chosen from one seed.
@@ -29,6 +31,7 @@ type chaos struct {
 	accepted map[string]bool
 	tally    *tally
 	before   map[string]holdings // what every node held before the first fault
+	rec      *check.Recorder
 }
 
 // campaign is the length and the seed that the environment gives.
@@ -71,7 +74,7 @@ func runChaos(t *testing.T, nodes int, length time.Duration, deck *deck, sum *ta
 	x := newChaos(t, nodes, deck.rng, sum)
 	l := startLoad(x.cluster, loadOptions{
 		mount: "kv", writers: 9, hot: 3, readers: 12, pace: 15 * time.Millisecond, readPace: 20 * time.Millisecond,
-		patience: 5 * time.Second, excused: func(*server) bool { return true },
+		patience: 5 * time.Second, rec: x.rec, excused: func(*server) bool { return true },
 	})
 	began := time.Now()
 	for time.Since(began) < length && !t.Failed() {
@@ -88,6 +91,7 @@ func runChaos(t *testing.T, nodes int, length time.Duration, deck *deck, sum *ta
 	if rate := float64(s.acked+s.reads+s.conflicts) / time.Since(began).Seconds(); rate < 200 {
 		t.Errorf("%.0f operations a second are not the load that was meant: at least 200", rate)
 	}
+	x.judge()
 	x.sameAs(x.before)
 	sum.clusters = append(sum.clusters, fmt.Sprint(nodes))
 }
@@ -95,7 +99,11 @@ func runChaos(t *testing.T, nodes int, length time.Duration, deck *deck, sum *ta
 // newChaos starts a cluster whose nodes have networks, disks and clocks of their own. Small logs make snapshots travel.
 func newChaos(t *testing.T, nodes int, rng *rand.Rand, sum *tally) *chaos {
 	t.Helper()
-	x := &chaos{rng: rng, builds: map[bool]string{}, accepted: map[string]bool{}, tally: sum}
+	x := &chaos{rng: rng, builds: map[bool]string{}, accepted: map[string]bool{}, tally: sum, rec: check.NewRecorder()}
+	x.rec.Describe(func(m *check.Meta) {
+		m.Suite, m.Seed = "chaos on processes", sum.seed
+		m.Command = fmt.Sprintf("ROLLCALL_SEED=%d go test -tags=e2e -run TestChaosLoses ./deploy/e2e/", sum.seed)
+	})
 	for upgraded, version := range map[bool]string{false: "", true: "0.1.1-next"} {
 		bin, err := skewed(version)
 		if err != nil {
@@ -115,6 +123,22 @@ func newChaos(t *testing.T, nodes int, rng *rand.Rand, sum *tally) *chaos {
 	x.reload(x.nodes[0], api.ReloadRequest{Plugin: "kv", Version: kvNew}) // connections that a reload makes are no leak
 	x.before = x.rest()
 	return x
+}
+
+// judge has the checker look at the whole history.
+func (x *chaos) judge() {
+	x.t.Helper()
+	run := x.rec.Run()
+	report := check.Check(run)
+	x.t.Log(report)
+	x.tally.checked += report.OK
+	x.tally.violations += len(report.Violations)
+	if err := report.Err(); err != nil {
+		x.t.Error(err)
+		if err := run.Save(x.path("history")); err != nil {
+			x.t.Error(err)
+		}
+	}
 }
 
 // deck deals faults: every kind comes before any comes again.
@@ -147,7 +171,7 @@ func (x *chaos) step(deck *deck) {
 	}
 	x.ask()
 	x.sleep(500)
-	var undo []func()
+	var undo, healed []func()
 	var made []*kindTally
 	hold := time.Duration(0)
 	dies := map[*server]bool{}
@@ -160,6 +184,7 @@ func (x *chaos) step(deck *deck) {
 		v := x.nodes[victims[n]]
 		k := x.tally.kind(f.kind)
 		leads := x.leads(v)
+		healed = append(healed, x.rec.Fault(f.kind, v.name, ""))
 		x.note("%s: %s (leads: %t)", f.kind, v.name, leads)
 		if back := f.do(x, v); back != nil {
 			undo = append(undo, back)
@@ -181,6 +206,9 @@ func (x *chaos) step(deck *deck) {
 		back()
 	}
 	x.revive(dies)
+	for _, mark := range healed {
+		mark()
+	}
 	x.converge(made)
 }
 
@@ -225,7 +253,10 @@ func (x *chaos) converge(made []*kindTally) {
 		k.slowest = max(k.slowest, took)
 	}
 	for _, id := range x.asked {
+		op := x.rec.Invoke(check.Op{Kind: check.Status, Key: id})
 		if rec, err := x.any().ReloadRecord(timeout(x.t, short), id, 0, 0); err == nil {
+			op.Outcome, op.Output = check.OK, rec.Phase
+			x.rec.Complete(op)
 			x.tally.ended++
 			x.tally.outcomes[rec.Outcome]++
 			x.sameEverywhere(id)
@@ -280,7 +311,19 @@ func (x *chaos) ask() {
 	asked := x.nodes[x.rng.IntN(len(x.nodes))]
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	_, _, err := asked.client().Reload(ctx, "", req)
+	body, err := json.Marshal(req)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	op := x.rec.Invoke(check.Op{Kind: check.Start, Node: asked.name, Key: req.ReloadID, Input: string(body)})
+	out, _, err := asked.client().Reload(ctx, "", req)
+	op.Outcome = check.Unknown
+	if err == nil {
+		op.Outcome, op.Output = check.OK, out.ReloadID
+	} else {
+		op.Cause = err.Error()
+	}
+	x.rec.Complete(op)
 	x.asked = append(x.asked, req.ReloadID)
 	x.accepted[req.ReloadID] = err == nil
 }

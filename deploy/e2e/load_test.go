@@ -15,10 +15,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"rollcall/node/api"
+	"rollcall/node/nodetest/check"
 )
 
 // loadOptions say what a load sends to a KV v2 mount.
@@ -32,6 +34,8 @@ type loadOptions struct {
 	pace, readPace time.Duration
 	// patience is how long a client waits for an answer; default a minute.
 	patience time.Duration
+	// rec keeps the history for the checker; nil for none.
+	rec *check.Recorder
 	// excused says which failures are not the cluster's: what was sent to a node that the test killed.
 	excused func(*server) bool
 }
@@ -47,6 +51,8 @@ type load struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	newest generations
+
+	clients atomic.Int64
 
 	mu  sync.Mutex
 	sum loadSum
@@ -95,6 +101,7 @@ func startLoad(c *cluster, opt loadOptions) *load {
 	l := &load{c: c, opt: opt, cancel: cancel, writePace: opt.pace, readPace: opt.readPace}
 	c.t.Cleanup(func() { cancel(); l.wg.Wait() })
 	n := 0
+	l.clients.Store(1) // 0 is the test itself
 	spawn := func(count int, pace *time.Duration, run func(*loader, context.Context, int)) {
 		for i := range count {
 			s := c.nodes[n%len(c.nodes)]
@@ -210,7 +217,7 @@ func (l *load) readBack(s *server) {
 			continue
 		}
 		var got kvValue
-		if err := within(short, func() (err error) { got, _, err = cl.get(ctx, k.name); return err }); err != nil {
+		if err := within(short, func() (err error) { got, _, err = cl.look(ctx, check.Final, k.name); return err }); err != nil {
 			l.note(fmt.Sprintf("read back %s from %s: %v", k.name, s.name, err), func(s *loadSum) { s.failed++ })
 			continue
 		}
@@ -223,7 +230,7 @@ func (l *load) readBack(s *server) {
 		return
 	}
 	var hot kvValue
-	if err := within(short, func() (err error) { hot, _, err = cl.get(ctx, hotKey); return err }); err != nil {
+	if err := within(short, func() (err error) { hot, _, err = cl.look(ctx, check.Final, hotKey); return err }); err != nil {
 		l.note(fmt.Sprintf("read back the hot key from %s: %v", s.name, err), func(s *loadSum) { s.failed++ })
 		return
 	}
@@ -264,11 +271,12 @@ type loader struct {
 	s       *server
 	pace    *time.Duration // guarded by l.mu; nil for none
 	http    *http.Client
+	id      int
 	version map[string]int // by key: the newest version that this client knows of
 }
 
 func newLoader(l *load, s *server, pace *time.Duration) *loader {
-	return &loader{l: l, s: s, pace: pace, version: map[string]int{}, http: &http.Client{
+	return &loader{l: l, s: s, pace: pace, id: int(l.clients.Add(1)), version: map[string]int{}, http: &http.Client{
 		Transport: &http.Transport{MaxIdleConnsPerHost: 2, IdleConnTimeout: time.Minute}, Timeout: l.opt.patience,
 	}}
 }
@@ -445,7 +453,26 @@ func (c *loader) put(ctx context.Context, key, value string, on int) (version in
 	if err != nil {
 		return 0, refused, err
 	}
-	status, raw, err := c.call(ctx, http.MethodPost, key, string(body))
+	op := c.invoke(check.Write, key, value)
+	if key == hotKey { // the key holds how often it was written
+		op.Kind, op.Input = check.Add, "1"
+	}
+	status, raw, err := c.call(ctx, &op, http.MethodPost, key, string(body))
+	version, o, err = written(status, raw, err)
+	switch o {
+	case acknowledged:
+		op.Outcome = check.OK
+	case unknown:
+		op.Outcome = check.Unknown
+	case lostRace, refused:
+		op.Outcome, op.Refused = check.Failed, o == lostRace
+	}
+	c.complete(op, err)
+	return version, o, err
+}
+
+// written is what an answer says of a write.
+func written(status int, raw []byte, err error) (int, outcome, error) {
 	switch {
 	case err != nil:
 		return 0, unknown, err
@@ -469,11 +496,35 @@ func (c *loader) put(ctx context.Context, key, value string, on int) (version in
 
 // get reads a key, and holds its version against the newest that this client knows of.
 func (c *loader) get(ctx context.Context, key string) (kvValue, bool, error) {
-	status, raw, err := c.call(ctx, http.MethodGet, key, "")
+	return c.look(ctx, check.Read, key)
+}
+
+func (c *loader) look(ctx context.Context, kind check.Kind, key string) (kvValue, bool, error) {
+	op := c.invoke(kind, key, "")
+	status, raw, err := c.call(ctx, &op, http.MethodGet, key, "")
+	var got kvValue
+	if err == nil {
+		got, err = value(status, raw)
+	}
+	op.Outcome, op.Output = check.OK, got.value
+	if err != nil {
+		op.Outcome = check.Failed
+	}
+	c.complete(op, err)
 	if err != nil {
 		return kvValue{}, false, err
 	}
-	var got kvValue
+	c.l.note("", func(s *loadSum) { s.reads++ })
+	if got.version < c.version[key] {
+		c.l.note(fmt.Sprintf("%s answered version %d of %s after version %d", c.s.name, got.version, key, c.version[key]),
+			func(s *loadSum) { s.staleReads++ })
+	}
+	c.version[key] = max(c.version[key], got.version)
+	return got, got.version > 0, nil
+}
+
+// value is what an answer says of a key.
+func value(status int, raw []byte) (kvValue, error) {
 	switch status {
 	case http.StatusOK:
 		var env struct {
@@ -485,27 +536,38 @@ func (c *loader) get(ctx context.Context, key string) (kvValue, bool, error) {
 			} `json:"data"`
 		}
 		if err := json.Unmarshal(raw, &env); err != nil {
-			return kvValue{}, false, err
+			return kvValue{}, err
 		}
-		got = kvValue{env.Data.Metadata.Version, env.Data.Data["v"]}
+		return kvValue{env.Data.Metadata.Version, env.Data.Data["v"]}, nil
 	case http.StatusNotFound:
-		if !strings.Contains(string(raw), `"errors":[]`) {
-			return kvValue{}, false, fmt.Errorf("%d %s", status, raw)
+		if strings.Contains(string(raw), `"errors":[]`) {
+			return kvValue{}, nil
 		}
-	default:
-		return kvValue{}, false, fmt.Errorf("%d %s", status, raw)
 	}
-	c.l.note("", func(s *loadSum) { s.reads++ })
-	if got.version < c.version[key] {
-		c.l.note(fmt.Sprintf("%s answered version %d of %s after version %d", c.s.name, got.version, key, c.version[key]),
-			func(s *loadSum) { s.staleReads++ })
+	return kvValue{}, fmt.Errorf("%d %s", status, raw)
+}
+
+// invoke begins an operation of the history, complete ends it.
+func (c *loader) invoke(kind check.Kind, key, input string) check.Op {
+	op := check.Op{Client: c.id, Kind: kind, Node: c.s.name, Mount: c.l.opt.mount + "/", Key: key, Input: input}
+	if c.l.opt.rec != nil {
+		op = c.l.opt.rec.Invoke(op)
 	}
-	c.version[key] = max(c.version[key], got.version)
-	return got, got.version > 0, nil
+	return op
+}
+
+func (c *loader) complete(op check.Op, err error) {
+	if c.l.opt.rec == nil {
+		return
+	}
+	if err != nil {
+		op.Cause = err.Error()[:min(len(err.Error()), 300)]
+	}
+	c.l.opt.rec.Complete(op)
 }
 
 // call sends one request, and watches that no node answers with an older generation than it did before.
-func (c *loader) call(ctx context.Context, method, key, body string) (int, []byte, error) {
+func (c *loader) call(ctx context.Context, op *check.Op, method, key, body string) (int, []byte, error) {
 	url := c.s.url() + "/v1/" + c.l.opt.mount + "/data/" + key
 	req, err := http.NewRequestWithContext(ctx, method, url, strings.NewReader(body))
 	if err != nil {
@@ -526,6 +588,8 @@ func (c *loader) call(ctx context.Context, method, key, body string) (int, []byt
 	if err != nil {
 		return 0, nil, err
 	}
+	op.Status, op.By = resp.StatusCode, resp.Header.Get(api.HeaderNode)
+	op.Generation, _ = strconv.ParseUint(resp.Header.Get(api.HeaderGeneration), 10, 64)
 	if err := c.l.newest.answered(known, resp.Header); err != nil {
 		c.l.note(err.Error(), func(s *loadSum) { s.backwards++ })
 	}

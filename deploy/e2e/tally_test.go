@@ -22,6 +22,8 @@ type tally struct {
 	loaded   time.Duration
 	slowest  time.Duration // until every node served again
 	clusters []string
+	// checked is how many answered operations the checker has looked at, and what it found.
+	checked, violations int
 }
 
 type kindTally struct {
@@ -66,7 +68,9 @@ func (t *tally) String() string {
 	row("clusters", "%s nodes", strings.Join(t.clusters, " and "))
 	row("time under faults", "%s", t.loaded.Round(time.Second))
 	row("faults", "%d of %d kinds", faults, len(t.kinds))
-	row("operations answered and checked", "%d (%.0f a second)", ops, float64(ops)/max(1, t.loaded.Seconds()))
+	row("operations answered", "%d (%.0f a second)", ops, float64(ops)/max(1, t.loaded.Seconds()))
+	row("operations of the histories that were judged", "%d", t.checked)
+	row("violations of an invariant", "%d", t.violations)
 	row("acknowledged writes", "%d", t.load.acked)
 	row("requests without an answer during faults", "%d", t.load.excused)
 	row("reloads asked for, accepted and ended", "%d, %d", t.asked, t.ended)

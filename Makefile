@@ -48,3 +48,8 @@ image: ## build the container image rollcall:dev; nothing is pulled
 .PHONY: ci
 ci: ## everything that CI runs; `make ci STAGES="lint test"` for a part
 	.ci/run $(STAGES)
+
+LENGTH ?= 1h
+.PHONY: campaign
+campaign: ## faults, reloads and requests without end: `make campaign LENGTH=2h`; needs root
+	CI_LENGTH=$(LENGTH) .ci/run campaign

@@ -244,7 +244,7 @@ func (x *chaos) settled(id string) error {
 	if fault.Is(err, fault.NotFound) {
 		return nil
 	}
-	if err == nil && (!api.Ended(rec.Phase) || len(rec.Pending) > 0) {
+	if err == nil && (!api.Ended(rec.Phase) || len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack) {
 		return fmt.Errorf("reload %s is %s, pending %v", id, rec.Phase, rec.Pending)
 	}
 	return err

@@ -143,6 +143,13 @@ func installPlugin(t testing.TB, dir string) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// Log is what the nodes have logged so far, the newest of it.
+func (c *Cluster) Log() string {
+	c.log.mu.Lock()
+	defer c.log.mu.Unlock()
+	return string(c.log.buf)
+}
+
 // Client calls node i.
 func (c *Cluster) Client(i int) *api.Client {
 	c.t.Helper()

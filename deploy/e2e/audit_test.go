@@ -53,7 +53,7 @@ func TestTheAuditFileRotatesAndAFullDiskRefuses(t *testing.T) {
 		})
 	}
 	file := filepath.Join(dir, "audit.log")
-	c := newCluster(t, options{nodes: 1, plugins: []string{"demo"}, config: map[string]any{"audit.file": file}})
+	c := newCluster(t, options{nodes: 1, config: map[string]any{"audit.file": file}})
 	s := c.nodes[0]
 	c.mountDemo()
 	ask := func(method, path, body string) (int, string) {

@@ -49,6 +49,9 @@ func checkSpec(in *commandv1.Spec) (*commandv1.Spec, error) {
 	if err := checkPlugin(in.GetType(), in.GetName()); err != nil {
 		return nil, err
 	}
+	if in.GetType() == typeDatabase && in.GetName() == typeDatabase {
+		return nil, invalid("%q names the built-in mount: a database plugin needs another name", typeDatabase)
+	}
 	v, err := canonicalVersion(in.GetVersion())
 	if err != nil {
 		return nil, err
@@ -167,6 +170,12 @@ type resolution struct {
 // resolve answers with the spec as it stands: the version asked for (refused where a pin says otherwise), else the pin,
 // else the configured version, else the unversioned entry, else the highest version (DESIGN 5.1).
 func (s *state) resolve(q resolution) (*commandv1.Spec, error) {
+	if q.name == typeDatabase && q.kind == typeDatabase {
+		if q.asked != "" {
+			return nil, invalid("the mount of type %q is built in and has no versions: its connections have", typeDatabase)
+		}
+		return builtinDatabase, nil
+	}
 	asked, err := canonicalVersion(q.asked)
 	if err != nil {
 		return nil, err
@@ -198,9 +207,6 @@ func (s *state) resolve(q resolution) (*commandv1.Spec, error) {
 	})
 	if best != nil {
 		return best, nil
-	}
-	if q.name == typeDatabase && q.kind == typeDatabase {
-		return builtinDatabase, nil
 	}
 	return nil, invalid("plugin not found in the catalog: %s", q.name)
 }

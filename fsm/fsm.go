@@ -198,6 +198,12 @@ func (e *entry) dispatch(cmd *commandv1.Command) error {
 		return e.tuneMount(b.TuneMount)
 	case *commandv1.Command_MoveMount:
 		return e.moveMount(b.MoveMount)
+	case *commandv1.Command_MarkLeaderOnly:
+		return e.markLeaderOnly(b.MarkLeaderOnly)
+	case *commandv1.Command_PutConnection:
+		return e.putConnection(b.PutConnection)
+	case *commandv1.Command_DeleteConnection:
+		return e.deleteConnection(b.DeleteConnection)
 	case *commandv1.Command_TakeOver:
 		return e.takeOver(b.TakeOver)
 	case *commandv1.Command_WriteStorage:

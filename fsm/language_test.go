@@ -34,6 +34,8 @@ func (w *world) parse(line string) *commandv1.Command {
 		w.parseCatalog(c, verb, a)
 	case "enable", "disable", "tune", "move":
 		w.parseMount(c, verb, a)
+	case "connect", "disconnect", "leader-only":
+		w.parseConnection(c, verb, a)
 	case "takeover", "put", "delete":
 		w.parseStorage(c, verb, a)
 	case "token", "revoke", "policy", "unpolicy", "namespace", "unnamespace", "lease", "unlease":
@@ -97,6 +99,26 @@ func (w *world) parseMount(c *commandv1.Command, verb string, a args) {
 			Namespace: ns, Table: tableName, Path: path,
 			ToNamespace: a.str("to-ns", ns), ToTable: a.str("to-table", tableName), ToPath: a.at(1),
 		}}
+	}
+}
+
+func (w *world) parseConnection(c *commandv1.Command, verb string, a args) {
+	uuid := w.mountUUID(a.at(0))
+	m := w.f.View().Mount(uuid)
+	epoch, term := a.num("epoch", m.GetEpoch()), a.num("term", w.term)
+	switch verb {
+	case "connect":
+		c.Body = &commandv1.Command_PutConnection{PutConnection: &commandv1.PutConnection{
+			MountUuid: uuid, Epoch: epoch, Term: term, Name: a.at(1), Uuid: a.str("uuid", "uuid-of-"+a.at(1)),
+			PluginName: a.str("plugin", "mysql"), PluginVersion: a.str("version", ""), Config: []byte(a.str("config", "{}")),
+			ExpectSha256: a.str("expect", ""),
+		}}
+	case "disconnect":
+		c.Body = &commandv1.Command_DeleteConnection{DeleteConnection: &commandv1.DeleteConnection{
+			MountUuid: uuid, Epoch: epoch, Term: term, Name: a.at(1),
+		}}
+	case "leader-only":
+		c.Body = &commandv1.Command_MarkLeaderOnly{MarkLeaderOnly: &commandv1.MarkLeaderOnly{MountUuid: uuid}}
 	}
 }
 

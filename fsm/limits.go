@@ -10,6 +10,8 @@ const (
 	// MaxOps and MaxOpsBytes bound one WriteStorage or TakeOver.
 	MaxOps      = 1000
 	MaxOpsBytes = 8 << 20
+	// MaxConnections bounds the connections of one database mount.
+	MaxConnections = 256
 
 	// MaxQueued bounds the reloads that wait, MaxAliases the ids joined to one of them.
 	MaxQueued  = 1024

@@ -195,6 +195,11 @@ func (e *entry) disableMount(c *commandv1.DisableMount) error {
 
 // dropMount removes a mount with its storage and leases, and tells the reloads that it is gone.
 func (e *entry) dropMount(m *commandv1.Mount) {
+	if isDatabase(m) {
+		for _, c := range e.connectionsOf(m.GetUuid()) {
+			e.dropMount(c)
+		}
+	}
 	e.deleteMount(m)
 	e.wipeStorage(m.GetUuid())
 	var gone []*commandv1.Lease
@@ -255,6 +260,7 @@ func (e *entry) tuneMount(c *commandv1.TuneMount) error {
 		m.ConfiguredVersion = v
 	}
 	e.putMount(m)
+	e.follow(m)
 	e.res.Id = m.GetUuid()
 	return nil
 }
@@ -292,6 +298,7 @@ func (e *entry) moveMount(c *commandv1.MoveMount) error {
 	m = clone(m)
 	m.Namespace, m.Table, m.Path = c.GetToNamespace(), to, c.GetToPath()
 	e.putMount(m)
+	e.follow(m)
 	e.res.Id = m.GetUuid()
 	return nil
 }

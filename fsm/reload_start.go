@@ -248,12 +248,14 @@ func (e *entry) selectMounts(c *commandv1.StartReload) ([]*commandv1.Mount, erro
 	if len(sel.GetMounts()) > 0 {
 		var missing []string
 		for _, path := range sel.GetMounts() {
-			m := e.mountNamed(c.GetNamespace(), path)
-			if m == nil {
+			switch m := e.mountNamed(c.GetNamespace(), path); {
+			case m == nil:
 				missing = append(missing, fmt.Sprintf("cannot fetch mount entry on %q", trim(path, maxName)))
-				continue
+			case isDatabase(m): // what runs there are its connections
+				out = append(out, e.connectionsOf(m.GetUuid())...)
+			default:
+				out = append(out, m)
 			}
-			out = append(out, m)
 		}
 		if len(missing) > 0 {
 			return nil, invalid("%s", trim(strings.Join(missing, "; "), maxText))
@@ -269,11 +271,10 @@ func (e *entry) selectMounts(c *commandv1.StartReload) ([]*commandv1.Mount, erro
 		if !e.knownPlugin(kind, sel.GetPlugin()) {
 			return nil, invalid("plugin not found in the catalog: %q", trim(sel.GetPlugin(), maxName))
 		}
-		database := (kind == typeDatabase || kind == typeUnknown) && e.knownPlugin(typeDatabase, sel.GetPlugin())
 		e.mounts.Scan(func(_ string, m *commandv1.Mount) bool {
-			named := m.GetType() == sel.GetPlugin() && (kind == typeUnknown || kind == m.GetPluginType())
-			if (named || database && m.GetPluginType() == typeDatabase) &&
-				(sel.GetAllNamespaces() || m.GetNamespace() == c.GetNamespace()) {
+			// Connections are among them: their type is the database plugin.
+			named := m.GetType() == sel.GetPlugin() && (kind == typeUnknown || kind == m.GetPluginType()) && !isDatabase(m)
+			if named && (sel.GetAllNamespaces() || m.GetNamespace() == c.GetNamespace()) {
 				out = append(out, m)
 			}
 			return true
@@ -284,14 +285,17 @@ func (e *entry) selectMounts(c *commandv1.StartReload) ([]*commandv1.Mount, erro
 }
 
 // mountNamed finds a mount by the forms that reloading accepts: "foo", "foo/", "auth/foo", "sys/auth/foo", each with or
-// without a slash at its end, and any path below the mount.
+// without a slash at its end, and any path below the mount. "foo/config/name" is a connection of a database mount.
 func (s *state) mountNamed(namespace, path string) *commandv1.Mount {
 	path = strings.TrimSuffix(path, "/") + "/"
 	if rest, ok := strings.CutPrefix(path, "sys/auth/"); ok {
 		m, _ := s.longest(namespace, typeAuth, rest)
 		return m
 	}
-	m, _ := s.mountFor(namespace, path)
+	m, rest := s.mountFor(namespace, path)
+	if c, ok := s.connectionAt(m, rest); ok {
+		return c
+	}
 	return m
 }
 

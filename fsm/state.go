@@ -35,7 +35,8 @@ type state struct {
 	leases     table[*commandv1.Lease]        // id
 
 	nodeNames   table[string] // name -> id
-	paths       table[string] // namespace, table, path -> mount uuid
+	paths       table[string] // namespace, table, path -> mount uuid; not of connections
+	connections table[string] // mount uuid, name -> uuid of the connection
 	reloadSeq   table[string] // start index, id -> id
 	open        table[string] // start index, id -> id of reloads that have not ended
 	active      table[string] // mount uuid -> id of the reload that moves it
@@ -65,6 +66,7 @@ func (s *state) copy() *state {
 	c.leases = *s.leases.Copy()
 	c.nodeNames = *s.nodeNames.Copy()
 	c.paths = *s.paths.Copy()
+	c.connections = *s.connections.Copy()
 	c.reloadSeq = *s.reloadSeq.Copy()
 	c.open = *s.open.Copy()
 	c.active = *s.active.Copy()
@@ -124,11 +126,18 @@ func (s *state) putMount(m *commandv1.Mount) {
 		s.paths.Delete(pathKey(old))
 	}
 	s.mounts.Set(m.GetUuid(), m)
+	if m.GetParentUuid() != "" {
+		s.connections.Set(key(m.GetParentUuid(), m.GetConnection()), m.GetUuid())
+		return
+	}
 	s.paths.Set(pathKey(m), m.GetUuid())
 }
 
 func (s *state) deleteMount(m *commandv1.Mount) {
 	s.mounts.Delete(m.GetUuid())
+	if k := key(m.GetParentUuid(), m.GetConnection()); m.GetParentUuid() != "" && get(&s.connections, k) == m.GetUuid() {
+		s.connections.Delete(k)
+	}
 	if get(&s.paths, pathKey(m)) == m.GetUuid() {
 		s.paths.Delete(pathKey(m))
 	}

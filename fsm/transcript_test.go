@@ -141,6 +141,7 @@ func derived(s *state) string {
 	}{
 		{"nodeNames", &s.nodeNames},
 		{"paths", &s.paths},
+		{"connections", &s.connections},
 		{"reloadSeq", &s.reloadSeq},
 		{"open", &s.open},
 		{"active", &s.active},

@@ -101,8 +101,26 @@ func (v *View) MountNamed(namespace, path string) *commandv1.Mount {
 	return v.s.mountNamed(namespace, path)
 }
 
-// Mounts are all mounts in order of uuid.
+// Mounts are all mounts in order of uuid, the connections of database mounts among them: those have a parent_uuid.
 func (v *View) Mounts() []*commandv1.Mount { return values(&v.s.mounts) }
+
+// Connection finds a connection of a database mount by its name.
+func (v *View) Connection(mountUUID, name string) *commandv1.Mount {
+	return v.s.connection(mountUUID, name)
+}
+
+// Connections are the connections of a database mount in order of their names.
+func (v *View) Connections(mountUUID string) []*commandv1.Mount { return v.s.connectionsOf(mountUUID) }
+
+// ResolveConnection answers what a new connection of a database plugin would run; version "" takes what the catalog
+// resolves to. Errors are fault.Invalid in the contract's words.
+func (v *View) ResolveConnection(plugin, version string) (*commandv1.Spec, error) {
+	canonical, err := canonicalVersion(version)
+	if err != nil {
+		return nil, err
+	}
+	return v.s.resolveConnection(plugin, canonical)
+}
 
 // Wanted is what the state wants a node to run for a mount: its override, else the mount's. nil for a nil mount.
 func (v *View) Wanted(m *commandv1.Mount, nodeID string) *commandv1.Wanted {

@@ -55,6 +55,9 @@ func (p plugins) Start(ctx context.Context, _ string, s *commandv1.Spec) (reload
 	if err != nil {
 		return nil, err
 	}
+	if s.GetType() == supervisor.TypeDatabase {
+		return databaseProcess{process{proc, began}}, nil
+	}
 	return process{proc, began}, nil
 }
 

@@ -15,7 +15,6 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
 
 	"rollcall/fsm"
 	"rollcall/node/failpoint"
@@ -88,7 +87,7 @@ func (n *Node) openRouter() error {
 	n.router, err = router.New(router.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, State: router.StateOf(n.state.View, n.state.Changed),
 		Replica: routerReplica{n}, Peers: leaderConn{n}, MaxBody: int(n.cfg.HTTP.MaxBody),
-		LeaderOnly: n.markLeaderOnly, Broken: n.endBroken, Leases: grants{n.leases}, Admit: n.admit,
+		LeaderOnly: n.markLeaderOnly, Databases: databases{n}, Broken: n.endBroken, Leases: grants{n.leases}, Admit: n.admit,
 		Logger: n.component("router"), Registerer: n.reg,
 	})
 	if err != nil {
@@ -150,7 +149,7 @@ func (n *Node) openReplica() error {
 func (n *Node) openReloads() error {
 	var err error
 	n.reloads, err = reload.New(reload.Config{
-		State: reload.StateOf(n.state.View, n.state.Changed), Plugins: n.launcher, Routes: routes{n.router},
+		State: reload.StateOf(n.state.View, n.state.Changed), Plugins: withBuiltIn{n.launcher, n.router}, Routes: routes{n.router},
 		Replica: reloadReplica{n.replica}, Peers: peers{n}, StartParallelism: n.cfg.Reload.StartParallelism,
 		QueueDeadline: n.cfg.Reload.QueueDeadline, PrepareDeadline: n.cfg.Reload.PrepareDeadline,
 		RunDeadline: n.cfg.Reload.RunDeadline, RetainFor: n.cfg.Reload.HistoryAge, Logger: n.component("reload"), Metrics: n.reg,
@@ -355,13 +354,8 @@ func (n *Node) announce(f replica.SelfFacts) {
 func (n *Node) markLeaderOnly(m *commandv1.Mount) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	config := &commandv1.MountConfig{}
-	if now := n.state.View().Mount(m.GetUuid()); now != nil && now.GetConfig() != nil {
-		config = proto.CloneOf(now.GetConfig())
-	}
-	config.LeaderOnly = true
-	_, err := n.replica.Propose(ctx, &commandv1.Command{WallMs: time.Now().UnixMilli(), Body: &commandv1.Command_TuneMount{
-		TuneMount: &commandv1.TuneMount{Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(), SetConfig: true, Config: config},
+	_, err := n.replica.Propose(ctx, &commandv1.Command{WallMs: time.Now().UnixMilli(), Body: &commandv1.Command_MarkLeaderOnly{
+		MarkLeaderOnly: &commandv1.MarkLeaderOnly{MountUuid: m.GetUuid()},
 	}})
 	if err != nil {
 		n.log.Warn("mark mount as leader_only: a read on a follower made a secret", "mount", m.GetPath(), "error", err)

@@ -25,6 +25,9 @@ type Config struct {
 	// LeaderOnly is told, from a goroutine of its own and at most once a mount and process, that a follower's read made
 	// a secret: the mount's reads belong on the leader, and its config should say so. May be nil.
 	LeaderOnly func(m *commandv1.Mount)
+	// Databases starts database plugins for a moment, so that a connection is tried before it is stored. May be nil: then
+	// there are no database mounts.
+	Databases Databases
 	// Broken is told, from a goroutine of its own, that an instance could not be set up again after it lost track of its
 	// storage: only a new process helps. May be nil; the router tries again by itself, with pauses.
 	Broken func(mountUUID string, err error)

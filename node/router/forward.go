@@ -92,7 +92,7 @@ func (p *passage) fresh(resp *Response) (err error, more bool) {
 	if m == nil || resp.Generation == 0 || resp.Generation >= m.GetEpochGeneration() {
 		return nil, false
 	}
-	if !writes(p.req.Operation) {
+	if !p.writes() {
 		return fault.Text(fault.Unavailable, "the leader's answer was overtaken by a reload"), true
 	}
 	if resp.Generation < p.rt.floor.Load() || v.ActiveReload(p.rt.uuid) == nil {
@@ -248,7 +248,7 @@ func (p *passage) sent(err error, complete bool) error {
 		return said
 	case !complete:
 		return fault.As(fault.Unavailable, said, "forward to", "the leader")
-	case writes(p.req.Operation):
+	case p.writes():
 		return fault.New(fault.OutcomeUnknown, "", "",
 			"the connection to the leader broke while the request ran there: it may or may not have taken effect (%w)", said)
 	case fault.Is(said, fault.Deadline), fault.Is(said, fault.Canceled):
@@ -269,7 +269,7 @@ func (p *passage) again(err error, complete bool) bool {
 			return false
 		}
 	}
-	return !complete || !writes(p.req.Operation)
+	return !complete || !p.writes()
 }
 
 // ours reports whether a node said this, rather than the connection.

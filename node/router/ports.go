@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
@@ -25,6 +26,13 @@ type View interface {
 	StorageGet(mountUUID, key string) *commandv1.StorageEntry
 	// StorageList answers the direct children of prefix ("" or ending in "/"), sorted; folders end in "/".
 	StorageList(mountUUID, prefix string) []string
+	// Connection finds a connection of a database mount by its name, Connections are all of them.
+	Connection(mountUUID, name string) *commandv1.Mount
+	Connections(mountUUID string) []*commandv1.Mount
+	// ResolveConnection answers what a new connection of a database plugin would run, ResolveReload what a reload would.
+	ResolveConnection(plugin, version string) (*commandv1.Spec, error)
+	ResolveReload(m *commandv1.Mount, version string) (*commandv1.Spec, error)
+	Reload(id string) *commandv1.Reload
 }
 
 // State is this node's copy of the replicated state. StateOf makes one of an *fsm.FSM.
@@ -79,6 +87,19 @@ type Leases interface {
 	// Grant registers the secret of an answer before it is released, and fills in its lease id and times. It is called
 	// on the node that ran the request; when that is not the leader, the lease travels to it through the log.
 	Grant(ctx context.Context, m *commandv1.Mount, req *Request, resp *Response) error
+}
+
+// Databases starts database plugins for a moment (node/supervisor).
+type Databases interface {
+	// Try starts a process of spec, opens a connection with details, and ends both. With verify the plugin asks the database.
+	// It returns the details that the plugin wants to have stored. A failed start is fault.Refused; everything else is the
+	// plugin's own word.
+	Try(ctx context.Context, spec *commandv1.Spec, details *structpb.Struct, verify bool) (*structpb.Struct, error)
+}
+
+// Opener is the Backend of a connection: it opens one for a trial, without storage. See NewConnection.
+type Opener interface {
+	Open(ctx context.Context, details *structpb.Struct, verify bool) (*structpb.Struct, error)
 }
 
 // Backend is one plugin backend inside a process, as requests and switches use it. *supervisor.Backend is one. Errors of

@@ -251,6 +251,11 @@ func leaderOnly(m *commandv1.Mount) bool {
 	return m.GetConfig().GetLeaderOnly() || m.GetPluginType() == "database"
 }
 
+// writes reports whether the request may change something: also a read that makes credentials, as database mounts have it.
+func (p *passage) writes() bool {
+	return writes(p.req.Operation) || p.m.GetPluginType() == "database" && strings.HasPrefix(p.rest, "creds/")
+}
+
 // writes reports whether an operation may change something, so that it must never run twice by accident.
 func writes(op string) bool {
 	switch op {

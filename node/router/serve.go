@@ -60,13 +60,18 @@ func (r *Router) handle(ctx context.Context, req *Request) (*Response, error) {
 		defer cancel()
 	}
 	rt := r.route(m.GetUuid())
-	p := &passage{r: r, rt: rt, req: req, v: v, m: m, rest: rest, from: from, lane: laneOf(req.Operation, m, rt)}
+	return (&passage{r: r, rt: rt, req: req, v: v, m: m, rest: rest, from: from, lane: laneOf(req.Operation, m, rt)}).run(ctx)
+}
+
+// run takes the passage to its answer, and measures it.
+func (p *passage) run(ctx context.Context) (*Response, error) {
+	r, rt, m := p.r, p.rt, p.m
 	p.around = rt.meter.arrive()
 	resp, err := p.travel(ctx)
-	took := time.Since(from)
+	took := time.Since(p.from)
 	if !p.forwarded {
 		lane := readLane
-		if writes(req.Operation) {
+		if p.writes() {
 			lane = writeLane
 		}
 		rt.meter.done(lane, p.generation, took, damage(err))
@@ -175,7 +180,7 @@ func (p *passage) lease() error {
 // released makes sure that an answer may still be released: a read's is lost without harm, a write has happened.
 func (p *passage) released() error {
 	err := p.lease()
-	if err == nil || !writes(p.req.Operation) {
+	if err == nil || !p.writes() {
 		return err
 	}
 	return fault.New(fault.OutcomeUnknown, "", "",
@@ -218,7 +223,7 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 		}
 		return resp, then, err
 	}
-	if writes(p.req.Operation) {
+	if p.writes() {
 		resp.wrote = in.store.last.Load()
 		resp.Index = max(resp.Index, resp.wrote)
 	}
@@ -244,7 +249,7 @@ func (p *passage) call(ctx context.Context, in *instance, resp *Response) (err e
 // cut tells what has become of a call whose context ended: its own deadline, its client, or the gate.
 func (p *passage) cut(ctx, calling context.Context, resp *Response, err error) (*Response, after, error) {
 	resp.Plugin = nil
-	write := writes(p.req.Operation)
+	write := p.writes()
 	switch {
 	case ctx.Err() == nil && !write && p.retried == 0:
 		p.retried++
@@ -264,7 +269,7 @@ func (p *passage) cut(ctx, calling context.Context, resp *Response, err error) (
 // judge decides what an error of the plugin, or of its process, means for the request. moved says that storage moved while
 // it ran: on the leader, that a write was lost to a change of leader; on a follower, that entries were applied.
 func (p *passage) judge(in *instance, resp *Response, err error, moved bool) (after, error) {
-	write := writes(p.req.Operation)
+	write := p.writes()
 	if p.lane == readLane && !in.leader && p.retried < 2 {
 		// A follower's plugin holds no lock against the entries that the leader's writes are: it may have found one key
 		// without the other that was written before it (KV, "could not find version data").
@@ -280,6 +285,13 @@ func (p *passage) judge(in *instance, resp *Response, err error, moved bool) (af
 		}
 	}
 	ran, died := fate(err)
+	if _, builtIn := in.backend.(inProcess); builtIn {
+		ran, died = false, false // it speaks of other mounts' processes
+		if (fault.Is(err, fault.NotLeader) || fault.Is(err, fault.Stale)) && p.retried < 2 {
+			p.retried++
+			return again, err // nothing took effect: where the leader is now, it will
+		}
+	}
 	switch {
 	case died && (!ran || !write) && p.retried < 2:
 		p.retried++

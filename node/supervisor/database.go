@@ -83,13 +83,20 @@ func (d *Database) Type(ctx context.Context) (string, error) {
 	return name, err
 }
 
-// Close closes the connection, within CleanupTimeout. Idempotent.
+// Disconnect closes the connection, within CleanupTimeout; Initialize may open it again. Idempotent.
+func (d *Database) Disconnect(ctx context.Context) error { return d.shut(ctx, false) }
+
+// Close closes the connection for good, within CleanupTimeout. Idempotent.
 func (d *Database) Close(ctx context.Context) error {
+	defer d.process.forget(d)
+	return d.shut(ctx, true)
+}
+
+func (d *Database) shut(ctx context.Context, over bool) error {
 	d.mu.Lock()
 	was := d.open && !d.over
-	d.open, d.over = false, true
+	d.open, d.over = false, d.over || over
 	d.mu.Unlock()
-	defer d.process.forget(d)
 	if _, gone := d.process.gone(); !was || gone {
 		return nil
 	}

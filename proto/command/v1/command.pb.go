@@ -55,6 +55,9 @@ type Command struct {
 	//	*Command_TuneMount
 	//	*Command_MoveMount
 	//	*Command_TakeOver
+	//	*Command_MarkLeaderOnly
+	//	*Command_PutConnection
+	//	*Command_DeleteConnection
 	//	*Command_WriteStorage
 	//	*Command_StartReload
 	//	*Command_ReportBatch
@@ -283,6 +286,33 @@ func (x *Command) GetTakeOver() *TakeOver {
 	if x != nil {
 		if x, ok := x.Body.(*Command_TakeOver); ok {
 			return x.TakeOver
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetMarkLeaderOnly() *MarkLeaderOnly {
+	if x != nil {
+		if x, ok := x.Body.(*Command_MarkLeaderOnly); ok {
+			return x.MarkLeaderOnly
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetPutConnection() *PutConnection {
+	if x != nil {
+		if x, ok := x.Body.(*Command_PutConnection); ok {
+			return x.PutConnection
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetDeleteConnection() *DeleteConnection {
+	if x != nil {
+		if x, ok := x.Body.(*Command_DeleteConnection); ok {
+			return x.DeleteConnection
 		}
 	}
 	return nil
@@ -528,6 +558,18 @@ type Command_TakeOver struct {
 	TakeOver *TakeOver `protobuf:"bytes,34,opt,name=take_over,json=takeOver,proto3,oneof"`
 }
 
+type Command_MarkLeaderOnly struct {
+	MarkLeaderOnly *MarkLeaderOnly `protobuf:"bytes,35,opt,name=mark_leader_only,json=markLeaderOnly,proto3,oneof"`
+}
+
+type Command_PutConnection struct {
+	PutConnection *PutConnection `protobuf:"bytes,36,opt,name=put_connection,json=putConnection,proto3,oneof"`
+}
+
+type Command_DeleteConnection struct {
+	DeleteConnection *DeleteConnection `protobuf:"bytes,37,opt,name=delete_connection,json=deleteConnection,proto3,oneof"`
+}
+
 type Command_WriteStorage struct {
 	WriteStorage *WriteStorage `protobuf:"bytes,40,opt,name=write_storage,json=writeStorage,proto3,oneof"`
 }
@@ -635,6 +677,12 @@ func (*Command_TuneMount) isCommand_Body() {}
 func (*Command_MoveMount) isCommand_Body() {}
 
 func (*Command_TakeOver) isCommand_Body() {}
+
+func (*Command_MarkLeaderOnly) isCommand_Body() {}
+
+func (*Command_PutConnection) isCommand_Body() {}
+
+func (*Command_DeleteConnection) isCommand_Body() {}
 
 func (*Command_WriteStorage) isCommand_Body() {}
 
@@ -850,7 +898,7 @@ var File_command_v1_command_proto protoreflect.FileDescriptor
 
 const file_command_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xde\x13\n" +
+	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xd2\x15\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"elapsed_ns\x18\x01 \x01(\x04R\telapsedNs\x12\x17\n" +
@@ -878,7 +926,10 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"tune_mount\x18  \x01(\v2\x1e.rollcall.command.v1.TuneMountH\x00R\ttuneMount\x12?\n" +
 	"\n" +
 	"move_mount\x18! \x01(\v2\x1e.rollcall.command.v1.MoveMountH\x00R\tmoveMount\x12<\n" +
-	"\ttake_over\x18\" \x01(\v2\x1d.rollcall.command.v1.TakeOverH\x00R\btakeOver\x12H\n" +
+	"\ttake_over\x18\" \x01(\v2\x1d.rollcall.command.v1.TakeOverH\x00R\btakeOver\x12O\n" +
+	"\x10mark_leader_only\x18# \x01(\v2#.rollcall.command.v1.MarkLeaderOnlyH\x00R\x0emarkLeaderOnly\x12K\n" +
+	"\x0eput_connection\x18$ \x01(\v2\".rollcall.command.v1.PutConnectionH\x00R\rputConnection\x12T\n" +
+	"\x11delete_connection\x18% \x01(\v2%.rollcall.command.v1.DeleteConnectionH\x00R\x10deleteConnection\x12H\n" +
 	"\rwrite_storage\x18( \x01(\v2!.rollcall.command.v1.WriteStorageH\x00R\fwriteStorage\x12E\n" +
 	"\fstart_reload\x182 \x01(\v2 .rollcall.command.v1.StartReloadH\x00R\vstartReload\x12E\n" +
 	"\freport_batch\x183 \x01(\v2 .rollcall.command.v1.ReportBatchH\x00R\vreportBatch\x12H\n" +
@@ -946,25 +997,28 @@ var file_command_v1_command_proto_goTypes = []any{
 	(*TuneMount)(nil),        // 15: rollcall.command.v1.TuneMount
 	(*MoveMount)(nil),        // 16: rollcall.command.v1.MoveMount
 	(*TakeOver)(nil),         // 17: rollcall.command.v1.TakeOver
-	(*WriteStorage)(nil),     // 18: rollcall.command.v1.WriteStorage
-	(*StartReload)(nil),      // 19: rollcall.command.v1.StartReload
-	(*ReportBatch)(nil),      // 20: rollcall.command.v1.ReportBatch
-	(*ExpireReload)(nil),     // 21: rollcall.command.v1.ExpireReload
-	(*ControlReload)(nil),    // 22: rollcall.command.v1.ControlReload
-	(*ExcludeNode)(nil),      // 23: rollcall.command.v1.ExcludeNode
-	(*FenceNode)(nil),        // 24: rollcall.command.v1.FenceNode
-	(*AdvanceWave)(nil),      // 25: rollcall.command.v1.AdvanceWave
-	(*DropReloads)(nil),      // 26: rollcall.command.v1.DropReloads
-	(*PutToken)(nil),         // 27: rollcall.command.v1.PutToken
-	(*RevokeToken)(nil),      // 28: rollcall.command.v1.RevokeToken
-	(*PutPolicy)(nil),        // 29: rollcall.command.v1.PutPolicy
-	(*DeletePolicy)(nil),     // 30: rollcall.command.v1.DeletePolicy
-	(*PutNamespace)(nil),     // 31: rollcall.command.v1.PutNamespace
-	(*DeleteNamespace)(nil),  // 32: rollcall.command.v1.DeleteNamespace
-	(*PutLease)(nil),         // 33: rollcall.command.v1.PutLease
-	(*RemoveLease)(nil),      // 34: rollcall.command.v1.RemoveLease
-	(*UseToken)(nil),         // 35: rollcall.command.v1.UseToken
-	(*RevokeLeases)(nil),     // 36: rollcall.command.v1.RevokeLeases
+	(*MarkLeaderOnly)(nil),   // 18: rollcall.command.v1.MarkLeaderOnly
+	(*PutConnection)(nil),    // 19: rollcall.command.v1.PutConnection
+	(*DeleteConnection)(nil), // 20: rollcall.command.v1.DeleteConnection
+	(*WriteStorage)(nil),     // 21: rollcall.command.v1.WriteStorage
+	(*StartReload)(nil),      // 22: rollcall.command.v1.StartReload
+	(*ReportBatch)(nil),      // 23: rollcall.command.v1.ReportBatch
+	(*ExpireReload)(nil),     // 24: rollcall.command.v1.ExpireReload
+	(*ControlReload)(nil),    // 25: rollcall.command.v1.ControlReload
+	(*ExcludeNode)(nil),      // 26: rollcall.command.v1.ExcludeNode
+	(*FenceNode)(nil),        // 27: rollcall.command.v1.FenceNode
+	(*AdvanceWave)(nil),      // 28: rollcall.command.v1.AdvanceWave
+	(*DropReloads)(nil),      // 29: rollcall.command.v1.DropReloads
+	(*PutToken)(nil),         // 30: rollcall.command.v1.PutToken
+	(*RevokeToken)(nil),      // 31: rollcall.command.v1.RevokeToken
+	(*PutPolicy)(nil),        // 32: rollcall.command.v1.PutPolicy
+	(*DeletePolicy)(nil),     // 33: rollcall.command.v1.DeletePolicy
+	(*PutNamespace)(nil),     // 34: rollcall.command.v1.PutNamespace
+	(*DeleteNamespace)(nil),  // 35: rollcall.command.v1.DeleteNamespace
+	(*PutLease)(nil),         // 36: rollcall.command.v1.PutLease
+	(*RemoveLease)(nil),      // 37: rollcall.command.v1.RemoveLease
+	(*UseToken)(nil),         // 38: rollcall.command.v1.UseToken
+	(*RevokeLeases)(nil),     // 39: rollcall.command.v1.RevokeLeases
 }
 var file_command_v1_command_proto_depIdxs = []int32{
 	4,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
@@ -983,30 +1037,33 @@ var file_command_v1_command_proto_depIdxs = []int32{
 	15, // 13: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
 	16, // 14: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
 	17, // 15: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
-	18, // 16: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
-	19, // 17: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
-	20, // 18: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
-	21, // 19: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
-	22, // 20: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
-	23, // 21: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
-	24, // 22: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
-	25, // 23: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
-	26, // 24: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
-	27, // 25: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
-	28, // 26: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
-	29, // 27: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
-	30, // 28: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
-	31, // 29: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
-	32, // 30: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
-	33, // 31: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
-	34, // 32: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
-	35, // 33: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
-	36, // 34: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	18, // 16: rollcall.command.v1.Command.mark_leader_only:type_name -> rollcall.command.v1.MarkLeaderOnly
+	19, // 17: rollcall.command.v1.Command.put_connection:type_name -> rollcall.command.v1.PutConnection
+	20, // 18: rollcall.command.v1.Command.delete_connection:type_name -> rollcall.command.v1.DeleteConnection
+	21, // 19: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
+	22, // 20: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
+	23, // 21: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
+	24, // 22: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
+	25, // 23: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
+	26, // 24: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
+	27, // 25: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
+	28, // 26: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
+	29, // 27: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
+	30, // 28: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
+	31, // 29: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
+	32, // 30: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
+	33, // 31: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
+	34, // 32: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
+	35, // 33: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
+	36, // 34: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
+	37, // 35: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
+	38, // 36: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
+	39, // 37: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_command_proto_init() }
@@ -1037,6 +1094,9 @@ func file_command_v1_command_proto_init() {
 		(*Command_TuneMount)(nil),
 		(*Command_MoveMount)(nil),
 		(*Command_TakeOver)(nil),
+		(*Command_MarkLeaderOnly)(nil),
+		(*Command_PutConnection)(nil),
+		(*Command_DeleteConnection)(nil),
 		(*Command_WriteStorage)(nil),
 		(*Command_StartReload)(nil),
 		(*Command_ReportBatch)(nil),

@@ -384,11 +384,16 @@ type Mount struct {
 	Config      *MountConfig      `protobuf:"bytes,9,opt,name=config,proto3" json:"config,omitempty"`
 	Options     map[string]string `protobuf:"bytes,10,rep,name=options,proto3" json:"options,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// What the user asked for; "" when none was asked for.
-	ConfiguredVersion     string  `protobuf:"bytes,11,opt,name=configured_version,json=configuredVersion,proto3" json:"configured_version,omitempty"`
-	Local                 bool    `protobuf:"varint,12,opt,name=local,proto3" json:"local,omitempty"`
-	SealWrap              bool    `protobuf:"varint,13,opt,name=seal_wrap,json=sealWrap,proto3" json:"seal_wrap,omitempty"`
-	ExternalEntropyAccess bool    `protobuf:"varint,14,opt,name=external_entropy_access,json=externalEntropyAccess,proto3" json:"external_entropy_access,omitempty"`
-	Wanted                *Wanted `protobuf:"bytes,20,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	ConfiguredVersion     string `protobuf:"bytes,11,opt,name=configured_version,json=configuredVersion,proto3" json:"configured_version,omitempty"`
+	Local                 bool   `protobuf:"varint,12,opt,name=local,proto3" json:"local,omitempty"`
+	SealWrap              bool   `protobuf:"varint,13,opt,name=seal_wrap,json=sealWrap,proto3" json:"seal_wrap,omitempty"`
+	ExternalEntropyAccess bool   `protobuf:"varint,14,opt,name=external_entropy_access,json=externalEntropyAccess,proto3" json:"external_entropy_access,omitempty"`
+	// Of a connection of a database mount: the uuid of that mount, and the connection's name. A connection is a mount that
+	// no path leads to: its plugin is a database plugin, its path is for showing ("database/config/name/"), and its storage
+	// holds its config. namespace, config and local are its parent's.
+	ParentUuid string  `protobuf:"bytes,15,opt,name=parent_uuid,json=parentUuid,proto3" json:"parent_uuid,omitempty"`
+	Connection string  `protobuf:"bytes,16,opt,name=connection,proto3" json:"connection,omitempty"`
+	Wanted     *Wanted `protobuf:"bytes,20,opt,name=wanted,proto3" json:"wanted,omitempty"`
 	// What the mount wanted before the last switch: the target of a rollback.
 	Previous *Wanted `protobuf:"bytes,21,opt,name=previous,proto3" json:"previous,omitempty"`
 	// Sorted by node_id.
@@ -529,6 +534,20 @@ func (x *Mount) GetExternalEntropyAccess() bool {
 		return x.ExternalEntropyAccess
 	}
 	return false
+}
+
+func (x *Mount) GetParentUuid() string {
+	if x != nil {
+		return x.ParentUuid
+	}
+	return ""
+}
+
+func (x *Mount) GetConnection() string {
+	if x != nil {
+		return x.Connection
+	}
+	return ""
 }
 
 func (x *Mount) GetWanted() *Wanted {
@@ -1096,6 +1115,234 @@ func (x *TakeOver) GetWrites() []*StorageOp {
 	return nil
 }
 
+// MarkLeaderOnly moves a mount's reads to the leader and leaves the rest of its config as it is.
+type MarkLeaderOnly struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MountUuid     string                 `protobuf:"bytes,1,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MarkLeaderOnly) Reset() {
+	*x = MarkLeaderOnly{}
+	mi := &file_command_v1_mount_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MarkLeaderOnly) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MarkLeaderOnly) ProtoMessage() {}
+
+func (x *MarkLeaderOnly) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_mount_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MarkLeaderOnly.ProtoReflect.Descriptor instead.
+func (*MarkLeaderOnly) Descriptor() ([]byte, []int) {
+	return file_command_v1_mount_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *MarkLeaderOnly) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+// PutConnection makes or changes a connection of a database mount: its config is stored and its wanted generation becomes
+// this entry, so that every node takes it up. Refused while a reload moves the connection.
+type PutConnection struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The database mount, and the right to write its storage, as in WriteStorage.
+	MountUuid string `protobuf:"bytes,1,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	Epoch     uint64 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Term      uint64 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
+	Name      string `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	// Of the connection, when this entry makes it. One that changes its plugin is made anew.
+	Uuid       string `protobuf:"bytes,5,opt,name=uuid,proto3" json:"uuid,omitempty"`
+	PluginName string `protobuf:"bytes,6,opt,name=plugin_name,json=pluginName,proto3" json:"plugin_name,omitempty"`
+	// "" keeps what runs; a new connection then gets what the catalog resolves to.
+	PluginVersion string `protobuf:"bytes,7,opt,name=plugin_version,json=pluginVersion,proto3" json:"plugin_version,omitempty"`
+	// The connection's config, secrets included: what its plugin asked to have stored.
+	Config []byte `protobuf:"bytes,8,opt,name=config,proto3" json:"config,omitempty"`
+	// When set, refused unless this is what would run: what the proposer tried.
+	ExpectSha256  string `protobuf:"bytes,9,opt,name=expect_sha256,json=expectSha256,proto3" json:"expect_sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PutConnection) Reset() {
+	*x = PutConnection{}
+	mi := &file_command_v1_mount_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PutConnection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PutConnection) ProtoMessage() {}
+
+func (x *PutConnection) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_mount_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PutConnection.ProtoReflect.Descriptor instead.
+func (*PutConnection) Descriptor() ([]byte, []int) {
+	return file_command_v1_mount_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *PutConnection) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+func (x *PutConnection) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PutConnection) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *PutConnection) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PutConnection) GetUuid() string {
+	if x != nil {
+		return x.Uuid
+	}
+	return ""
+}
+
+func (x *PutConnection) GetPluginName() string {
+	if x != nil {
+		return x.PluginName
+	}
+	return ""
+}
+
+func (x *PutConnection) GetPluginVersion() string {
+	if x != nil {
+		return x.PluginVersion
+	}
+	return ""
+}
+
+func (x *PutConnection) GetConfig() []byte {
+	if x != nil {
+		return x.Config
+	}
+	return nil
+}
+
+func (x *PutConnection) GetExpectSha256() string {
+	if x != nil {
+		return x.ExpectSha256
+	}
+	return ""
+}
+
+type DeleteConnection struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MountUuid     string                 `protobuf:"bytes,1,opt,name=mount_uuid,json=mountUuid,proto3" json:"mount_uuid,omitempty"`
+	Epoch         uint64                 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Term          uint64                 `protobuf:"varint,3,opt,name=term,proto3" json:"term,omitempty"`
+	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteConnection) Reset() {
+	*x = DeleteConnection{}
+	mi := &file_command_v1_mount_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteConnection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteConnection) ProtoMessage() {}
+
+func (x *DeleteConnection) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_mount_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteConnection.ProtoReflect.Descriptor instead.
+func (*DeleteConnection) Descriptor() ([]byte, []int) {
+	return file_command_v1_mount_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *DeleteConnection) GetMountUuid() string {
+	if x != nil {
+		return x.MountUuid
+	}
+	return ""
+}
+
+func (x *DeleteConnection) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *DeleteConnection) GetTerm() uint64 {
+	if x != nil {
+		return x.Term
+	}
+	return 0
+}
+
+func (x *DeleteConnection) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 var File_command_v1_mount_proto protoreflect.FileDescriptor
 
 const file_command_v1_mount_proto_rawDesc = "" +
@@ -1135,7 +1382,7 @@ const file_command_v1_mount_proto_rawDesc = "" +
 	"\x0fWHY_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tWHY_LOCAL\x10\x01\x12\x0f\n" +
 	"\vWHY_REFUSED\x10\x02\x12\f\n" +
-	"\bWHY_WAVE\x10\x03\"\x81\a\n" +
+	"\bWHY_WAVE\x10\x03\"\xc2\a\n" +
 	"\x05Mount\x12\x12\n" +
 	"\x04uuid\x18\x01 \x01(\tR\x04uuid\x12\x1a\n" +
 	"\baccessor\x18\x02 \x01(\tR\baccessor\x12\x1c\n" +
@@ -1152,7 +1399,12 @@ const file_command_v1_mount_proto_rawDesc = "" +
 	"\x12configured_version\x18\v \x01(\tR\x11configuredVersion\x12\x14\n" +
 	"\x05local\x18\f \x01(\bR\x05local\x12\x1b\n" +
 	"\tseal_wrap\x18\r \x01(\bR\bsealWrap\x126\n" +
-	"\x17external_entropy_access\x18\x0e \x01(\bR\x15externalEntropyAccess\x123\n" +
+	"\x17external_entropy_access\x18\x0e \x01(\bR\x15externalEntropyAccess\x12\x1f\n" +
+	"\vparent_uuid\x18\x0f \x01(\tR\n" +
+	"parentUuid\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x10 \x01(\tR\n" +
+	"connection\x123\n" +
 	"\x06wanted\x18\x14 \x01(\v2\x1b.rollcall.command.v1.WantedR\x06wanted\x127\n" +
 	"\bprevious\x18\x15 \x01(\v2\x1b.rollcall.command.v1.WantedR\bprevious\x12;\n" +
 	"\toverrides\x18\x16 \x03(\v2\x1d.rollcall.command.v1.OverrideR\toverrides\x12\x14\n" +
@@ -1223,7 +1475,28 @@ const file_command_v1_mount_proto_rawDesc = "" +
 	"generation\x18\x03 \x01(\x04R\n" +
 	"generation\x12\x12\n" +
 	"\x04term\x18\x04 \x01(\x04R\x04term\x126\n" +
-	"\x06writes\x18\x05 \x03(\v2\x1e.rollcall.command.v1.StorageOpR\x06writesB%Z#rollcall/proto/command/v1;commandv1b\x06proto3"
+	"\x06writes\x18\x05 \x03(\v2\x1e.rollcall.command.v1.StorageOpR\x06writes\"/\n" +
+	"\x0eMarkLeaderOnly\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\"\x85\x02\n" +
+	"\rPutConnection\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12\x12\n" +
+	"\x04uuid\x18\x05 \x01(\tR\x04uuid\x12\x1f\n" +
+	"\vplugin_name\x18\x06 \x01(\tR\n" +
+	"pluginName\x12%\n" +
+	"\x0eplugin_version\x18\a \x01(\tR\rpluginVersion\x12\x16\n" +
+	"\x06config\x18\b \x01(\fR\x06config\x12#\n" +
+	"\rexpect_sha256\x18\t \x01(\tR\fexpectSha256\"o\n" +
+	"\x10DeleteConnection\x12\x1d\n" +
+	"\n" +
+	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x04R\x05epoch\x12\x12\n" +
+	"\x04term\x18\x03 \x01(\x04R\x04term\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04nameB%Z#rollcall/proto/command/v1;commandv1b\x06proto3"
 
 var (
 	file_command_v1_mount_proto_rawDescOnce sync.Once
@@ -1238,38 +1511,41 @@ func file_command_v1_mount_proto_rawDescGZIP() []byte {
 }
 
 var file_command_v1_mount_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_command_v1_mount_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_command_v1_mount_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_command_v1_mount_proto_goTypes = []any{
-	(Override_Why)(0),    // 0: rollcall.command.v1.Override.Why
-	(*MountConfig)(nil),  // 1: rollcall.command.v1.MountConfig
-	(*Wanted)(nil),       // 2: rollcall.command.v1.Wanted
-	(*Override)(nil),     // 3: rollcall.command.v1.Override
-	(*Mount)(nil),        // 4: rollcall.command.v1.Mount
-	(*EnableMount)(nil),  // 5: rollcall.command.v1.EnableMount
-	(*DisableMount)(nil), // 6: rollcall.command.v1.DisableMount
-	(*TuneMount)(nil),    // 7: rollcall.command.v1.TuneMount
-	(*MoveMount)(nil),    // 8: rollcall.command.v1.MoveMount
-	(*TakeOver)(nil),     // 9: rollcall.command.v1.TakeOver
-	nil,                  // 10: rollcall.command.v1.Mount.OptionsEntry
-	nil,                  // 11: rollcall.command.v1.EnableMount.OptionsEntry
-	nil,                  // 12: rollcall.command.v1.TuneMount.OptionsEntry
-	(*Spec)(nil),         // 13: rollcall.command.v1.Spec
-	(*StorageOp)(nil),    // 14: rollcall.command.v1.StorageOp
+	(Override_Why)(0),        // 0: rollcall.command.v1.Override.Why
+	(*MountConfig)(nil),      // 1: rollcall.command.v1.MountConfig
+	(*Wanted)(nil),           // 2: rollcall.command.v1.Wanted
+	(*Override)(nil),         // 3: rollcall.command.v1.Override
+	(*Mount)(nil),            // 4: rollcall.command.v1.Mount
+	(*EnableMount)(nil),      // 5: rollcall.command.v1.EnableMount
+	(*DisableMount)(nil),     // 6: rollcall.command.v1.DisableMount
+	(*TuneMount)(nil),        // 7: rollcall.command.v1.TuneMount
+	(*MoveMount)(nil),        // 8: rollcall.command.v1.MoveMount
+	(*TakeOver)(nil),         // 9: rollcall.command.v1.TakeOver
+	(*MarkLeaderOnly)(nil),   // 10: rollcall.command.v1.MarkLeaderOnly
+	(*PutConnection)(nil),    // 11: rollcall.command.v1.PutConnection
+	(*DeleteConnection)(nil), // 12: rollcall.command.v1.DeleteConnection
+	nil,                      // 13: rollcall.command.v1.Mount.OptionsEntry
+	nil,                      // 14: rollcall.command.v1.EnableMount.OptionsEntry
+	nil,                      // 15: rollcall.command.v1.TuneMount.OptionsEntry
+	(*Spec)(nil),             // 16: rollcall.command.v1.Spec
+	(*StorageOp)(nil),        // 17: rollcall.command.v1.StorageOp
 }
 var file_command_v1_mount_proto_depIdxs = []int32{
-	13, // 0: rollcall.command.v1.Wanted.spec:type_name -> rollcall.command.v1.Spec
+	16, // 0: rollcall.command.v1.Wanted.spec:type_name -> rollcall.command.v1.Spec
 	2,  // 1: rollcall.command.v1.Override.wanted:type_name -> rollcall.command.v1.Wanted
 	0,  // 2: rollcall.command.v1.Override.why:type_name -> rollcall.command.v1.Override.Why
 	1,  // 3: rollcall.command.v1.Mount.config:type_name -> rollcall.command.v1.MountConfig
-	10, // 4: rollcall.command.v1.Mount.options:type_name -> rollcall.command.v1.Mount.OptionsEntry
+	13, // 4: rollcall.command.v1.Mount.options:type_name -> rollcall.command.v1.Mount.OptionsEntry
 	2,  // 5: rollcall.command.v1.Mount.wanted:type_name -> rollcall.command.v1.Wanted
 	2,  // 6: rollcall.command.v1.Mount.previous:type_name -> rollcall.command.v1.Wanted
 	3,  // 7: rollcall.command.v1.Mount.overrides:type_name -> rollcall.command.v1.Override
 	1,  // 8: rollcall.command.v1.EnableMount.config:type_name -> rollcall.command.v1.MountConfig
-	11, // 9: rollcall.command.v1.EnableMount.options:type_name -> rollcall.command.v1.EnableMount.OptionsEntry
+	14, // 9: rollcall.command.v1.EnableMount.options:type_name -> rollcall.command.v1.EnableMount.OptionsEntry
 	1,  // 10: rollcall.command.v1.TuneMount.config:type_name -> rollcall.command.v1.MountConfig
-	12, // 11: rollcall.command.v1.TuneMount.options:type_name -> rollcall.command.v1.TuneMount.OptionsEntry
-	14, // 12: rollcall.command.v1.TakeOver.writes:type_name -> rollcall.command.v1.StorageOp
+	15, // 11: rollcall.command.v1.TuneMount.options:type_name -> rollcall.command.v1.TuneMount.OptionsEntry
+	17, // 12: rollcall.command.v1.TakeOver.writes:type_name -> rollcall.command.v1.StorageOp
 	13, // [13:13] is the sub-list for method output_type
 	13, // [13:13] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
@@ -1290,7 +1566,7 @@ func file_command_v1_mount_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_command_v1_mount_proto_rawDesc), len(file_command_v1_mount_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

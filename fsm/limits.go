@@ -23,6 +23,8 @@ const (
 	MaxReloadIDs     = 65_536
 	// KeepReloads detailed records of a namespace that have ended outlive a DropReloads; its before_clock_ns drops more.
 	KeepReloads = 100
+	// MeasuredWithin of its end, by the log's clock, a reload's record still takes in what nodes measured after the switch.
+	MeasuredWithin = uint64(2 * time.Minute)
 	// MaxWaves bounds the waves that a request may name.
 	MaxWaves = 100
 

@@ -285,12 +285,26 @@ func (e *entry) mergeOlder(newer *commandv1.Reload, rep *commandv1.Report, touch
 	return ids
 }
 
+// mergeMeasured takes what a node measured after its switch into a record that has ended: once, and nothing else of it.
+func (e *entry) mergeMeasured(r *commandv1.Reload, o *commandv1.MountOutcome, m *commandv1.MountReport) bool {
+	have := o.GetReport()
+	if m.GetStage() != commandv1.MountReport_STAGE_SWITCHED || have.GetStage() != commandv1.MountReport_STAGE_SWITCHED ||
+		m.GetTo().GetGeneration() != have.GetTo().GetGeneration() || m.GetTo().GetPid() != have.GetTo().GetPid() ||
+		m.GetTraffic().GetP99AfterUs() == 0 || have.GetTraffic().GetP99AfterUs() != 0 ||
+		e.clock-r.GetEndClockNs() > MeasuredWithin {
+		return false
+	}
+	o.Report = clone(have)
+	o.Report.Traffic = m.GetTraffic()
+	return true
+}
+
 // mergeLate takes a node that was down, or slow, into a record that has ended without it.
 func (e *entry) mergeLate(
 	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
 ) bool {
 	if !mayConverge(o) {
-		return false
+		return e.mergeMeasured(r, o, m)
 	}
 	if m.GetStage() == commandv1.MountReport_STAGE_REFUSED && bestEffort(r) {
 		return e.mergeRefusal(r, p, o, m)

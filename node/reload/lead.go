@@ -269,15 +269,32 @@ func (b batch) take() []*commandv1.Report {
 	return out
 }
 
+// flushMeasured is how long the leader gathers measurements for records that are done: nobody waits for them, and each
+// node has its own a few seconds after it switched.
+const flushMeasured = 2 * time.Second
+
+// measurement reports whether an item only adds to the record of a reload that has ended.
+func (it batchItem) measurement(v View, key batchKey) bool {
+	rl := v.Reload(key.reload)
+	o := outcome(participant(rl, key.node), key.mount)
+	return terminal(rl.GetPhase()) && o.GetReport().GetStage() == commandv1.MountReport_STAGE_SWITCHED
+}
+
 // due answers how long the batch may still wait: not at all when it is complete for some reload's phase or holds a
-// failure, else until it is flush old.
+// failure, else until it is flush old. Mere measurements wait longer.
 func (b batch) due(v View, now time.Time, flush time.Duration) time.Duration {
 	if len(b) == 0 {
 		return time.Hour
 	}
-	oldest := now
+	oldest, measured := now.Add(time.Hour), now
 	reloads := map[string]bool{}
 	for key, it := range b {
+		if it.measurement(v, key) {
+			if it.at.Before(measured) {
+				measured = it.at
+			}
+			continue
+		}
 		switch it.rep.GetStage() {
 		case commandv1.MountReport_STAGE_REFUSED, commandv1.MountReport_STAGE_FAILED_SWITCH:
 			return 0
@@ -293,7 +310,7 @@ func (b batch) due(v View, now time.Time, flush time.Duration) time.Duration {
 			return 0
 		}
 	}
-	return flush - now.Sub(oldest)
+	return min(flush-now.Sub(oldest), flushMeasured-now.Sub(measured))
 }
 
 // completes reports whether the state and the batch together hold every answer that rl's phase waits for.

@@ -47,16 +47,24 @@ func (l *mountLoop) tell(v View) time.Duration {
 // afterSwitch is how long a node measures what came after a switch before it says so.
 const afterSwitch = 5 * time.Second
 
-// tellAfter says once more what there was to say, with the latency after the switch, where the reload still runs by
-// then: while its wave bakes, or others are not there yet. One that is done is not written to again for this.
+// tellAfterUntil is how long after a switch that is worth an entry. The state machine has a limit of its own.
+const tellAfterUntil = time.Minute
+
+// tellAfter says once more what there was to say, with the latency after the switch: to a reload that still runs by then
+// (its wave bakes, others are not there yet), or to the record of one that is done. A mount that nobody asked anything of
+// has nothing to add.
 func (l *mountLoop) tellAfter(
 	rl *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, rep *commandv1.MountReport,
 ) time.Duration {
-	if terminal(rl.GetPhase()) || rep.GetTraffic() == nil || o.GetReport().GetTraffic().GetP99AfterUs() > 0 {
+	if !measures(rl) || rep.GetTraffic() == nil || o.GetReport().GetTraffic().GetP99AfterUs() > 0 {
 		return 0
 	}
-	if wait := afterSwitch - time.Since(l.run.served); wait > 0 {
-		return wait
+	served := time.Since(l.run.served)
+	switch {
+	case served < afterSwitch:
+		return afterSwitch - served
+	case served > tellAfterUntil:
+		return 0
 	}
 	rep.Traffic = l.r.cfg.Routes.LastSwitch(l.uuid)
 	if !shown(rl, p, o, rep) {
@@ -174,6 +182,11 @@ func rank(s commandv1.MountReport_Stage) int {
 	}
 }
 
+// measures reports whether a record takes in what was measured after the switch: while it runs, and once it is done.
+func measures(rl *commandv1.Reload) bool {
+	return !terminal(rl.GetPhase()) || rl.GetPhase() == commandv1.Phase_PHASE_DONE
+}
+
 // shown reports whether the state shows rep, something later, or a phase in which it no longer means anything. Both
 // ends use it: the node to stop sending, and the leader to leave out what the log has already.
 func shown(
@@ -194,7 +207,7 @@ func shown(
 		return terminal(rl.GetPhase()) ||
 			rank(have.GetStage()) >= rank(rep.GetStage()) && have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	case commandv1.MountReport_STAGE_SWITCHED:
-		more := rep.GetTraffic().GetP99AfterUs() > 0 && have.GetTraffic().GetP99AfterUs() == 0 && !terminal(rl.GetPhase())
+		more := rep.GetTraffic().GetP99AfterUs() > 0 && have.GetTraffic().GetP99AfterUs() == 0 && measures(rl)
 		return have.GetStage() == commandv1.MountReport_STAGE_SWITCHED && !more &&
 			have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	default:

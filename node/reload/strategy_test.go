@@ -425,3 +425,35 @@ func TestABootStartsAFewPluginsAtATime(t *testing.T) {
 		})
 	})
 }
+
+func TestTheRecordOfAReloadThatIsDoneStillGetsTheLatencyAfterTheSwitch(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		s.start(startReload("r1", &commandv1.Options{}))
+		s.phase(s.ended("r1"), commandv1.Phase_PHASE_DONE)
+		_, before := s.entries()
+		for _, n := range s.nodes {
+			n.routes.mu.Lock()
+			n.routes.after = 70
+			n.routes.mu.Unlock()
+		}
+		s.until("every node's latency after the switch", 30*time.Second, func() bool {
+			for _, p := range s.reload("r1").GetParticipants() {
+				if outcome(p, kv).GetReport().GetTraffic().GetP99AfterUs() != 70 {
+					return false
+				}
+			}
+			return true
+		})
+		rl := s.reload("r1")
+		s.phase(rl, commandv1.Phase_PHASE_DONE)
+		if rl.GetOutcome() != "succeeded" {
+			t.Errorf("outcome %q", rl.GetOutcome())
+		}
+		time.Sleep(5 * time.Minute)
+		if _, after := s.entries(); after-before > 2 {
+			t.Errorf("%d entries for three nodes' measurements", after-before)
+		}
+	})
+}

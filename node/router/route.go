@@ -235,16 +235,28 @@ func (r *Router) Drop(ctx context.Context, mountUUID string) (Backend, error) {
 	}
 	rt.gate.set(gone, nil, nil, nil)
 	rt.stop(errDropped)
+	// A mount that comes back under the same uuid gets a route of its own, whatever becomes of this one.
+	r.routes.CompareAndDelete(mountUUID, rt)
 	select {
 	case rt.busy <- struct{}{}:
 		defer rt.unlock()
+		return rt.over(ctx), nil
 	case <-ctx.Done():
+		// Whoever changes the route now gives it back: its caller's time ends too. Then the rest is done.
+		r.group.Go(func() {
+			rt.busy <- struct{}{}
+			defer rt.unlock()
+			rt.over(ctx)
+		})
 		return nil, fault.Wrap(context.Cause(ctx), "drop mount", mountUUID)
 	}
-	r.routes.CompareAndDelete(mountUUID, rt)
+}
+
+// over ends the instance of a route that has been dropped. Called with the route locked.
+func (rt *route) over(ctx context.Context) Backend {
 	in := rt.run.Swap(nil)
 	if in == nil {
-		return nil, nil
+		return nil
 	}
 	if !in.refs.drain(ctx, rt.r.cfg.RequestTimeout) {
 		in.cancelAll(errDropped)
@@ -252,7 +264,7 @@ func (r *Router) Drop(ctx context.Context, mountUUID string) (Backend, error) {
 	}
 	in.store.retire()
 	in.life.end(errDropped)
-	return in.backend, nil
+	return in.backend
 }
 
 var errDropped = fault.Text(fault.Unavailable, "the mount is gone")

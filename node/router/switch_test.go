@@ -498,3 +498,27 @@ func TestDropWaitsForRequestsInFlightAndThenCancelsThem(t *testing.T) {
 		t.Fatalf("running %d, %v", g, ready)
 	}
 }
+
+func TestAMountThatReturnsWhileItsRouteIsStillBeingDroppedIsServed(t *testing.T) {
+	c := newCluster(t, 1, nil)
+	n := c.nodes[0]
+	m := c.mount("kv/", nil)
+	a, b := newFake("a"), newFake("b")
+	n.up(t, m, a)
+	rt := n.router.lookup(m.GetUuid())
+	rt.busy <- struct{}{} // a change of the route that does not come to an end
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := n.router.Drop(ctx, m.GetUuid()); err == nil {
+		t.Fatal("the route was dropped while it was being changed")
+	}
+	n.up(t, m, b)
+	if _, err := n.do(opUpdate, "kv/x", `{"value":"1"}`); err != nil {
+		t.Fatalf("the mount that came back: %v", err)
+	}
+	rt.unlock()
+	eventually(t, "the old route's instance is ended", func() bool { return rt.run.Load() == nil })
+	if _, err := n.do(opUpdate, "kv/x", `{"value":"2"}`); err != nil || n.router.lookup(m.GetUuid()) == rt {
+		t.Fatalf("after the old route has ended: %v", err)
+	}
+}

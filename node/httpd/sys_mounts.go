@@ -110,7 +110,7 @@ func (t mountTable) list(q *request) (*reply, error) {
 	running := t.Plugins.Running()
 	data := map[string]any{}
 	for _, m := range q.view.Mounts() {
-		if m.GetNamespace() == q.ns && m.GetTable() == t.table {
+		if m.GetNamespace() == q.ns && m.GetTable() == t.table && m.GetParentUuid() == "" {
 			data[m.GetPath()] = mountObject(m, running[m.GetUuid()])
 		}
 	}
@@ -532,7 +532,7 @@ func (s *Server) uiMounts(q *request) (*reply, error) {
 	}
 	secret, auth := map[string]any{}, map[string]any{}
 	for _, m := range q.view.Mounts() {
-		if m.GetNamespace() != q.ns {
+		if m.GetNamespace() != q.ns || m.GetParentUuid() != "" {
 			continue
 		}
 		if m.GetConfig().GetListingVisibility() != "unauth" &&

@@ -127,7 +127,7 @@ func (s *Server) deleteNamespace(q *request) (*reply, error) {
 	}
 	var warnings []string
 	for _, m := range q.view.Mounts() {
-		if m.GetNamespace() != path {
+		if m.GetNamespace() != path || m.GetParentUuid() != "" { // a connection ends with its mount
 			continue
 		}
 		w, err := s.endMount(q, m, 5*time.Second)

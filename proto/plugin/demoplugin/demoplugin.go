@@ -30,6 +30,8 @@ type options struct {
 	errorOn   string
 	delay     time.Duration
 	single    bool
+	database  bool
+	require   string
 }
 
 // Main is the plugin's process. It returns the exit code; args come without the program and the word that made it a
@@ -39,12 +41,14 @@ func Main(args []string, stderr io.Writer) int {
 	f := flag.NewFlagSet("demo-plugin", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.version, "version", "", "what info says")
-	f.StringVar(&o.fail, "fail", "", "exit, start, hang, setup, initialize, second-setup: where to fail")
+	f.StringVar(&o.fail, "fail", "", "exit, start, hang, setup, initialize, second-setup, verify: where to fail")
 	f.StringVar(&o.failOn, "fail-on", "", "fail on the node of this name alone")
 	f.Float64Var(&o.errorRate, "error-rate", 0, "share of requests that fail, 0 to 1")
 	f.StringVar(&o.errorOn, "error-on", "all", "read, write or all: which requests fail")
 	f.DurationVar(&o.delay, "delay", 0, "how long each request takes")
 	f.BoolVar(&o.single, "single", false, "one instance a process: do not multiplex")
+	f.BoolVar(&o.database, "database", false, "be a database plugin, of protocol 6, or with -single of 5")
+	f.StringVar(&o.require, "require", "", "a field that the database's config must have")
 	if f.Parse(args) != nil {
 		return 2
 	}
@@ -57,6 +61,10 @@ func Main(args []string, stderr io.Writer) int {
 		return 3
 	case "hang":
 		select {} //nolint:staticcheck // what it was told to do
+	}
+	if o.database {
+		pluginserver.ServeDatabase(&database{options: o, connections: map[string]*connection{}}, !o.single)
+		return 0
 	}
 	var setups atomic.Int64
 	pluginserver.Serve(pluginserver.Config{
@@ -135,12 +143,12 @@ func (b *backend) Handle(ctx context.Context, req *pluginpb.Request) (*pluginpb.
 	}
 }
 
-func (b *backend) unlucky(op string) bool {
+func (o options) unlucky(op string) bool {
 	read := op == "read" || op == "list"
-	if b.errorRate <= 0 || b.errorOn == "read" && !read || b.errorOn == "write" && read {
+	if o.errorRate <= 0 || o.errorOn == "read" && !read || o.errorOn == "write" && read {
 		return false
 	}
-	return rand.Float64() < b.errorRate
+	return rand.Float64() < o.errorRate
 }
 
 func (b *backend) data(ctx context.Context, req *pluginpb.Request) (*pluginpb.Response, error) {

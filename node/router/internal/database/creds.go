@@ -141,6 +141,10 @@ func (e *Engine) ask(ctx context.Context, conn *commandv1.Mount, path string, in
 		return fault.As(fault.Internal, err, "call", "connection "+conn.GetConnection())
 	}
 	raw, err := e.host.Call(ctx, conn, path, data)
+	if fault.Is(err, fault.Internal) {
+		// The plugin's own word. Clients repeat what is answered with 5xx, and a user may be there by then.
+		return fault.As(fault.Invalid, err, "", "")
+	}
 	if err != nil || out == nil {
 		return err
 	}

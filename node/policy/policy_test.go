@@ -3,6 +3,7 @@ package policy
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -511,4 +512,50 @@ func BenchmarkAllow(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// TestADenialWinsOverEveryOperationAndNeverGrants: whatever policies a token has, one more that denies a path takes every operation on it
+// away, under both of its spellings; and a rule that denies anything else takes away, or changes nothing.
+func TestADenialWinsOverEveryOperationAndNeverGrants(t *testing.T) {
+	every := []Capability{Create, Read, Update, Delete, List, Patch, Sudo}
+	segment := rapid.SampledFrom([]string{"a", "b", "ab", "+"})
+	rapid.Check(t, func(t *rapid.T) {
+		text := func(label string) string {
+			p := strings.Join(rapid.SliceOfN(segment, 1, 4).Draw(t, label), "/")
+			if !strings.HasSuffix(p, "+") {
+				p += rapid.SampledFrom([]string{"", "", "/", "*", "/*"}).Draw(t, "tail")
+			}
+			return p
+		}
+		var rules []scoped
+		for range rapid.IntRange(0, 6).Draw(t, "rules") {
+			rules = append(rules, scoped{"", &Rule{
+				pattern: newPattern(text("pattern")), Capabilities: rapid.SliceOfN(rapid.SampledFrom(append(every, Deny)), 1, 7).Draw(t, "capabilities"),
+			}})
+		}
+		path := strings.Join(rapid.SliceOfN(rapid.SampledFrom([]string{"a", "b", "ab", "abc"}), 1, 5).Draw(t, "path"), "/")
+		here := append(slices.Clone(rules), scoped{"", &Rule{
+			pattern: newPattern(path + rapid.SampledFrom([]string{"", "/"}).Draw(t, "slash")), Capabilities: []Capability{Deny},
+		}})
+		elsewhere := append(slices.Clone(rules), scoped{"", &Rule{pattern: newPattern(text("denied")), Capabilities: []Capability{Deny}}})
+		for _, need := range every {
+			for _, spelling := range []string{path, path + "/"} {
+				q := Query{Path: spelling, Need: need}
+				if decide(here, q) {
+					t.Fatalf("%s %s is denied and allowed: %v", need, spelling, texts(here))
+				}
+				if decide(elsewhere, q) && !decide(rules, q) {
+					t.Fatalf("%s %s is allowed by a denial of something: %v", need, spelling, texts(elsewhere))
+				}
+			}
+		}
+	})
+}
+
+func texts(rules []scoped) []string {
+	var out []string
+	for _, r := range rules {
+		out = append(out, fmt.Sprintf("%s: %v", r.pattern.text, r.Capabilities))
+	}
+	return out
 }

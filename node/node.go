@@ -222,6 +222,12 @@ func (n *Node) fail(err error) {
 	}
 }
 
+// Failed tells, once, why the node cannot go on: Run then stops it. Whoever started it without Run should do the same.
+func (n *Node) Failed() <-chan error { return n.fatal }
+
+// Left reports whether what Failed told is that the node has left its cluster, as it was asked to.
+func Left(err error) bool { return errors.Is(err, errLeft) }
+
 // ID is the node's id: the UUID of its data directory.
 func (n *Node) ID() string { return n.dir.NodeID }
 

@@ -101,6 +101,9 @@ func (n *MemNetwork) Heal(a, b string) {
 	n.change(func() { n.setCut(a, b, false); n.setCut(b, a, false) })
 }
 
+// HealOneWay ends a cut of what a sends to b.
+func (n *MemNetwork) HealOneWay(a, b string) { n.change(func() { n.setCut(a, b, false) }) }
+
 // Isolate cuts host off from every other host, those that are added later too, until Rejoin or HealAll. It still
 // reaches itself.
 func (n *MemNetwork) Isolate(host string) { n.change(func() { n.isolated[host] = true }) }

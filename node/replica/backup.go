@@ -21,6 +21,15 @@ func (r *Replica) Backup(ctx context.Context, w io.Writer) error {
 	return fault.Wrap(v.WriteSnapshot(w), "write backup", r.cfg.Name)
 }
 
+// Snapshot compacts this node's log now, as SnapshotThreshold does by itself. It is for tests.
+func (r *Replica) Snapshot() error {
+	node, err := r.node()
+	if err != nil {
+		return err
+	}
+	return r.await(r.ctx, node.Snapshot())
+}
+
 // RestoreBackup replaces the state of the whole cluster by a backup of this cluster, as the leader, and enters Restored:
 // every mount gets a new generation. The members stay as they are. Commands that are under way are aborted
 // (fault.OutcomeUnknown at their callers), and what was applied after the backup was taken is gone: this is for

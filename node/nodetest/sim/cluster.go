@@ -1,0 +1,168 @@
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"testing"
+	"time"
+
+	"rollcall/node/nodetest/check"
+	"rollcall/transport/pki"
+)
+
+// Options say what is simulated.
+type Options struct {
+	// Seed decides everything that is drawn.
+	Seed uint64
+	// For is how long the load and the faults last, in virtual time.
+	For time.Duration
+	// Nodes is how many the cluster has: 1 to 7.
+	Nodes int
+	// Clients is how many call at the same time; default 12.
+	Clients int
+	// Log takes what the nodes say.
+	Log slog.Handler
+}
+
+// cluster is the simulated cluster.
+type cluster struct {
+	t      testing.TB
+	opt    Options
+	dir    string
+	ca     *pki.CA
+	token  string
+	wires  *wires
+	gossip *gossip
+	rec    *check.Recorder
+
+	members []*member
+	load    sync.WaitGroup // clients
+	ghosts  sync.WaitGroup // what is left of nodes that were killed
+	ended   chan struct{}  // closed when the load ends
+
+	mu      sync.Mutex
+	pid     int
+	callers []*caller
+	newDisk time.Time // of the last replaced disk
+	wrong   []string
+}
+
+// newCluster makes the places; start boots the nodes. dir takes small files.
+func newCluster(t testing.TB, opt Options, dir string) (*cluster, error) {
+	ca, err := pki.NewCA("simulation", 365*24*time.Hour)
+	if err != nil {
+		return nil, err
+	}
+	c := &cluster{
+		t: t, opt: opt, dir: dir, ca: ca, token: "rc.simulation-root-token", wires: newWires(opt.Seed), pid: 100,
+		rec: check.NewRecorder(), ended: make(chan struct{}),
+	}
+	c.gossip = newGossip(c)
+	rng := rngOf(opt.Seed, "clocks")
+	for i := range opt.Nodes {
+		// Within the drift of 5 % that leases allow for between any two.
+		c.members = append(c.members, newMember(c, fmt.Sprintf("n%d", i+1), (rng.Float64()-0.5)*0.045))
+	}
+	return c, nil
+}
+
+func (c *cluster) member(name string) *member {
+	for _, m := range c.members {
+		if m.name == name {
+			return m
+		}
+	}
+	return nil
+}
+
+func (c *cluster) nextPID() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pid++
+	return c.pid
+}
+
+func (c *cluster) logger(name string) *slog.Logger { return slog.New(c.opt.Log).With("node", name) }
+
+// gaveUp is told of a node that cannot go on, and was not asked to leave.
+func (c *cluster) gaveUp(m *member, err error) { c.bad("%s gave up: %v", m.name, err) }
+
+// handled is told that plugin code on a node begins with a write.
+func (c *cluster) handled(node, mount, key, input string) {
+	c.member(node).events.Event(check.Event{Kind: check.Handled, Mount: mount, Key: key, Input: input})
+}
+
+// replaced reports whether a disk was replaced not long ago, or some node is down: a second loss would be one too many.
+func (c *cluster) replaced() bool {
+	for _, m := range c.members {
+		if !m.up() {
+			return true
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if time.Since(c.newDisk) < 90*time.Second {
+		return true
+	}
+	c.newDisk = time.Now()
+	return false
+}
+
+func (c *cluster) bad(format string, args ...any) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.wrong = append(c.wrong, fmt.Sprintf(format, args...))
+}
+
+func (c *cluster) note(format string, args ...any) { c.logger("-").Info(fmt.Sprintf(format, args...)) }
+
+func (c *cluster) start() error {
+	for _, m := range c.members {
+		if err := m.start(); err != nil {
+			return fmt.Errorf("start %s: %w", m.name, err)
+		}
+	}
+	return nil
+}
+
+// leader is the member that leads, nil when none says so.
+func (c *cluster) leader() *member {
+	for _, m := range c.members {
+		if n := m.running(); n != nil && n.Replica().Role().Leader {
+			return m
+		}
+	}
+	return nil
+}
+
+// settled waits until every node that is up serves, and one leads.
+func (c *cluster) settled(within time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	var errs []error
+	for _, m := range c.members {
+		if n := m.running(); n != nil {
+			errs = append(errs, n.Wait(ctx))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if c.leader() == nil {
+		return errors.New("no node leads")
+	}
+	return nil
+}
+
+// stop ends every node, and waits for those that were killed.
+func (c *cluster) stop() {
+	var all sync.WaitGroup
+	for _, m := range c.members {
+		all.Go(func() { m.stop(m.running()) })
+	}
+	all.Wait()
+	c.ghosts.Wait()
+}

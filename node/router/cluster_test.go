@@ -376,6 +376,28 @@ func TestAFollowersInstanceIsToldOfWhatChangedWhileItWasSetUp(t *testing.T) {
 	}
 }
 
+// A node that is behind for longer than an answer waits must not show its client the past: found by simulation, with a hung
+// disk under a follower.
+func TestAClientReadsItsOwnWriteThroughANodeThatIsFarBehind(t *testing.T) {
+	c, _, _ := three(t, nil, func(cfg *Config) { cfg.ToldWait = 10 * time.Millisecond })
+	n2 := c.nodes[1]
+	if _, err := n2.do(opUpdate, "kv/x", `{"value":"old"}`); err != nil {
+		t.Fatal(err)
+	}
+	n2.setBehind(true)
+	if _, err := n2.do(opUpdate, "kv/x", `{"value":"new"}`); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := n2.do(opRead, "kv/x", ""); err != nil || field(r, "value") != "new" || r.Node != "n1" {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	n2.setBehind(false)
+	eventually(t, "it answers by itself again", func() bool {
+		r, err := n2.do(opRead, "kv/x", "")
+		return err == nil && field(r, "value") == "new" && r.Node == "n2"
+	})
+}
+
 func TestAnOverflowingQueueSetsTheInstanceUpAgain(t *testing.T) {
 	c, m, fakes := three(t, nil, func(cfg *Config) { cfg.QueueKeys = 8 })
 	stuck, goOn := make(chan struct{}), make(chan struct{})

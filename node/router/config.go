@@ -46,7 +46,7 @@ type Config struct {
 	// ForwardWait is how long a request that must run on the leader waits for one to be known. Default 10 s.
 	ForwardWait time.Duration
 	// ToldWait is how long the answer of a forwarded write waits for this node's instance to be told of it. Default 2 s;
-	// then it is released all the same, for it did happen.
+	// then it is released all the same, for it did happen, and this node's reads of the mount go to the leader until then.
 	ToldWait time.Duration
 	// MaxBody bounds a request's or an answer's body on its way between nodes. Default 32 MiB.
 	MaxBody int

@@ -103,12 +103,14 @@ func (p *passage) fresh(resp *Response) (err error, more bool) {
 }
 
 // told waits, bounded, until this node's own instance knows of what the request wrote, so that a client that stays here
-// reads its own writes.
+// reads its own writes. Where it does not, because the node is behind, reads go to the leader until it does.
 func (p *passage) told(ctx context.Context, resp *Response) {
-	if resp.wrote == 0 || p.rt.gate.lane[readLane].Load() == nil {
-		return
-	}
-	if !p.rt.inval.wait(ctx, resp.wrote, p.r.cfg.ToldWait) {
+	switch {
+	case resp.wrote == 0:
+	case p.rt.gate.lane[readLane].Load() == nil:
+		raise(&p.rt.owed, resp.wrote) // what is set up next may be set up on an older state
+	case !p.rt.inval.wait(ctx, resp.wrote, p.r.cfg.ToldWait):
+		raise(&p.rt.owed, resp.wrote)
 		p.r.metrics.untold.Inc()
 	}
 }

@@ -28,6 +28,8 @@ type route struct {
 	leaderOnly atomic.Bool
 	// floor is the generation below which this node has promised to release nothing more.
 	floor atomic.Uint64
+	// owed is the index of the newest write that was acknowledged through this node before its instance was told of it.
+	owed atomic.Uint64
 	// forwards counts the requests that this node has given to the leader; replaced at every switch, so that those
 	// before it can be waited for.
 	forwards atomic.Pointer[refs]

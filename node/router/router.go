@@ -233,11 +233,12 @@ func known(op string) bool {
 	}
 }
 
-// laneOf answers where an operation may run: reads wherever they arrive, everything else on the leader.
+// laneOf answers where an operation may run: reads wherever they arrive, everything else on the leader. So do reads while
+// this node's instance has not been told of a write that was acknowledged through this node.
 func laneOf(op string, m *commandv1.Mount, rt *route) int {
 	switch op {
 	case opRead, opList, opHelp, opExists:
-		if leaderOnly(m) || rt.leaderOnly.Load() {
+		if leaderOnly(m) || rt.leaderOnly.Load() || rt.inval.told.Load() < rt.owed.Load() {
 			return writeLane
 		}
 		return readLane

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
-	"testing"
 	"time"
 
 	"rollcall/node/nodetest/check"
@@ -23,14 +22,12 @@ type Options struct {
 	Nodes int
 	// Clients is how many call at the same time; default 12.
 	Clients int
-	// Log takes what the nodes say.
-	Log slog.Handler
 }
 
 // cluster is the simulated cluster.
 type cluster struct {
-	t      testing.TB
 	opt    Options
+	log    slog.Handler
 	dir    string
 	ca     *pki.CA
 	token  string
@@ -51,13 +48,13 @@ type cluster struct {
 }
 
 // newCluster makes the places; start boots the nodes. dir takes small files.
-func newCluster(t testing.TB, opt Options, dir string) (*cluster, error) {
+func newCluster(opt Options, dir string, log slog.Handler) (*cluster, error) {
 	ca, err := pki.NewCA("simulation", 365*24*time.Hour)
 	if err != nil {
 		return nil, err
 	}
 	c := &cluster{
-		t: t, opt: opt, dir: dir, ca: ca, token: "rc.simulation-root-token", wires: newWires(opt.Seed), pid: 100,
+		log: log, opt: opt, dir: dir, ca: ca, token: "rc.simulation-root-token", wires: newWires(opt.Seed), pid: 100,
 		rec: check.NewRecorder(), ended: make(chan struct{}),
 	}
 	c.gossip = newGossip(c)
@@ -85,7 +82,7 @@ func (c *cluster) nextPID() int {
 	return c.pid
 }
 
-func (c *cluster) logger(name string) *slog.Logger { return slog.New(c.opt.Log).With("node", name) }
+func (c *cluster) logger(name string) *slog.Logger { return slog.New(c.log).With("node", name) }
 
 // gaveUp is told of a node that cannot go on, and was not asked to leave.
 func (c *cluster) gaveUp(m *member, err error) { c.bad("%s gave up: %v", m.name, err) }

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"rollcall/fsm"
 	"rollcall/node"
 	"rollcall/node/nodetest/check"
 	"rollcall/transport"
@@ -115,7 +116,7 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 	opt := node.Options{
 		Logger: log, Network: m.c.wires.net.Host(m.name), Credentials: creds, BootstrapToken: m.c.token,
 		Discovery: seenBy{m.c.gossip, m.name}, Disk: m.disk.open(),
-		Witness: m.events.Witness,
+		Witness: func(id string, _ uint64) fsm.Witness { return m.events.Witness(id, uint64(m.boots)) },
 		Clock: func() time.Duration { return time.Duration(float64(time.Since(from)) * (1 + m.drift)) },
 		Launcher: func(at node.Surroundings) (node.Launcher, error) {
 			m.launcher = &launcher{

@@ -144,13 +144,17 @@ func (o *operator) strategy(body map[string]any) {
 	}
 }
 
-// start sends a reload and records it.
+// start sends a reload and records it. Which node serves it is a part of a local one.
 func (k *caller) start(body map[string]any) {
 	raw, err := json.Marshal(body)
 	if err != nil {
 		panic(err) // a defect of ours
 	}
-	op, a := k.call(check.Op{Kind: check.Start, Key: body["reload_id"].(string), Input: string(raw)}, k.any(),
+	node, input := k.any(), string(raw)
+	if body["scope"] == nil {
+		input += " on " + node
+	}
+	op, a := k.call(check.Op{Kind: check.Start, Key: body["reload_id"].(string), Input: input}, node,
 		http.MethodPut, "sys/plugins/reload/backend", k.c.token, body)
 	op.Refused, op.Output = op.Status == http.StatusConflict, a.data("reload_id")
 	k.finish(op)

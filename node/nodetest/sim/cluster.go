@@ -34,6 +34,7 @@ type cluster struct {
 	wires  *wires
 	gossip *gossip
 	rec    *check.Recorder
+	alive  *pulse
 
 	members []*member
 	load    sync.WaitGroup // clients

@@ -40,7 +40,9 @@ type launcher struct {
 
 var _ node.Launcher = (*launcher)(nil)
 
-func (l *launcher) Hash(_ context.Context, command string) (string, error) { return hashOf(command), nil }
+func (l *launcher) Hash(_ context.Context, command string) (string, error) {
+	return hashOf(command), nil
+}
 
 func (l *launcher) OpenContent(sha string) (io.ReadCloser, int64, error) {
 	return nil, 0, fault.New(fault.NotFound, "open plugin", sha, "not kept")

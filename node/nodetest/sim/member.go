@@ -117,7 +117,7 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 		Logger: log, Network: m.c.wires.net.Host(m.name), Credentials: creds, BootstrapToken: m.c.token,
 		Discovery: seenBy{m.c.gossip, m.name}, Disk: m.disk.open(),
 		Witness: func(id string, _ uint64) fsm.Witness { return m.events.Witness(id, uint64(m.boots)) },
-		Clock: func() time.Duration { return time.Duration(float64(time.Since(from)) * (1 + m.drift)) },
+		Clock:   func() time.Duration { return time.Duration(float64(time.Since(from)) * (1 + m.drift)) },
 		Launcher: func(at node.Surroundings) (node.Launcher, error) {
 			m.launcher = &launcher{
 				log: at.Logger, node: m.name, temper: m.temper, pid: m.c.nextPID, procs: map[int]*process{},

@@ -157,6 +157,9 @@ func (k *caller) start(body map[string]any) {
 	op, a := k.call(check.Op{Kind: check.Start, Key: body["reload_id"].(string), Input: input}, node,
 		http.MethodPut, "sys/plugins/reload/backend", k.c.token, body)
 	op.Refused, op.Output = op.Status == http.StatusConflict, a.data("reload_id")
+	if op.Status == http.StatusBadRequest {
+		op.Outcome = check.Unknown // a reload of one node that ran and failed is answered so, and leaves its record
+	}
 	k.finish(op)
 }
 

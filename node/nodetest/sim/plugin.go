@@ -255,7 +255,9 @@ func (b *backend) HandleRequest(ctx context.Context, req *pluginpb.Request) (res
 	return resp, nil
 }
 
-func givenUp(err error) error { return &fault.Error{Kind: fault.KindOf(err), Text: "given up", Err: err} }
+func givenUp(err error) error {
+	return &fault.Error{Kind: fault.KindOf(err), Text: "given up", Err: err}
+}
 
 // do runs one request under the instance's lock and returns what a read shows.
 func (b *backend) do(ctx context.Context, in *instance, req *pluginpb.Request) (string, error) {

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"rollcall/node/nodetest/check"
@@ -32,66 +32,73 @@ func (r *Result) Save(parent string, report *check.Report) (string, error) {
 	)
 }
 
-// Table sums runs up.
+// Table sums runs up. It travels between processes as JSON.
 type Table struct {
 	Seeds             []uint64
-	Virtual, Wall     time.Duration
+	Virtual           time.Duration
+	Wall, CPU         time.Duration
 	Faults, Reloads   map[string]int
 	Ops, OK, Unknown  int
 	Checked, Events   int
 	Violations, Wrong int
+	Traces            [][]Trace
 }
 
 // Add takes a run and what the checker says of it.
 func (t *Table) Add(r *Result, report *check.Report) {
+	checked := 0
+	for _, n := range report.Looked {
+		checked += n
+	}
+	t.Merge(&Table{
+		Seeds: []uint64{r.Options.Seed}, Virtual: r.Virtual, Faults: r.Faults, Reloads: r.Reloads, Ops: report.Ops, OK: report.OK,
+		Unknown: report.Unknown, Checked: checked, Events: report.Events, Violations: len(report.Violations), Wrong: len(r.Wrong),
+		Traces: [][]Trace{r.Traces()},
+	})
+}
+
+// Merge adds the runs of another table, but for the time on the wall: runs may go on at once.
+func (t *Table) Merge(o *Table) {
 	if t.Faults == nil {
 		t.Faults, t.Reloads = map[string]int{}, map[string]int{}
 	}
-	t.Seeds = append(t.Seeds, r.Options.Seed)
-	t.Virtual += r.Virtual
-	t.Wall += r.Wall
-	for k, n := range r.Faults {
+	for k, n := range o.Faults {
 		t.Faults[k] += n
 	}
-	for k, n := range r.Reloads {
+	for k, n := range o.Reloads {
 		t.Reloads[k] += n
 	}
-	t.Ops, t.OK, t.Unknown = t.Ops+report.Ops, t.OK+report.OK, t.Unknown+report.Unknown
-	for _, n := range report.Looked {
-		t.Checked += n
-	}
-	t.Events += report.Events
-	t.Violations += len(report.Violations)
-	t.Wrong += len(r.Wrong)
+	t.Seeds, t.Traces = append(t.Seeds, o.Seeds...), append(t.Traces, o.Traces...)
+	t.Virtual, t.CPU = t.Virtual+o.Virtual, t.CPU+o.CPU
+	t.Ops, t.OK, t.Unknown = t.Ops+o.Ops, t.OK+o.OK, t.Unknown+o.Unknown
+	t.Checked, t.Events = t.Checked+o.Checked, t.Events+o.Events
+	t.Violations, t.Wrong = t.Violations+o.Violations, t.Wrong+o.Wrong
 }
 
-// String is the table as it stands in the documents. cpu is what the process has used, 0 when that is not known.
-func (t *Table) String() string { return t.render(0) }
-
-// WithCPU is String with the processor's time beside the wall's: what other work on the machine does not change.
-func (t *Table) WithCPU(cpu time.Duration) string { return t.render(cpu) }
-
-func (t *Table) render(cpu time.Duration) string {
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 1, ' ', 0)
-	row := func(name, format string, args ...any) { _, _ = fmt.Fprintf(w, "| %s\t| "+format+"\t|\n", append([]any{name}, args...)...) }
-	total := func(m map[string]int) (n int) {
-		for _, k := range m {
-			n += k
-		}
-		return n
+// String is the table as it stands in the documents.
+func (t *Table) String() string {
+	if len(t.Seeds) == 0 {
+		return "nothing"
 	}
-	row("seeds", "%d (%d to %d)", len(t.Seeds), t.Seeds[0], t.Seeds[len(t.Seeds)-1])
+	var b strings.Builder
+	row := func(name, format string, args ...any) {
+		_, _ = fmt.Fprintf(&b, "| "+name+" | "+format+" |\n", args...)
+	}
+	row("seeds", "%d, from %d to %d", len(t.Seeds), slices.Min(t.Seeds), slices.Max(t.Seeds))
 	row("simulated", "%.2f cluster-hours", t.Virtual.Hours())
 	row("cluster-hours per minute of wall time", "%.2f", t.Virtual.Hours()/t.Wall.Minutes())
-	if cpu > 0 {
-		row("cluster-hours per minute of one processor", "%.2f", t.Virtual.Hours()/cpu.Minutes())
-	}
+	row("cluster-hours per minute of one processor", "%.2f", t.Virtual.Hours()/t.CPU.Minutes())
 	row("faults injected", "%d of %d kinds: %s", total(t.Faults), len(t.Faults), strings.Join(Outcomes(t.Faults), ", "))
-	row("operations", "%d, %d answered well, %d with an unknown outcome", t.Ops, t.OK, t.Unknown)
-	row("things checked", "%d, of %d events of nodes", t.Checked, t.Events)
+	row("operations", "%d: %d answered well, %d with an outcome that nobody knows", t.Ops, t.OK, t.Unknown)
+	row("looked at by the checker", "%d things, and %d events of nodes", t.Checked, t.Events)
 	row("reloads run", "%d: %s", total(t.Reloads), strings.Join(Outcomes(t.Reloads), ", "))
 	row("violations", "%d", t.Violations+t.Wrong)
-	_ = w.Flush()
 	return b.String()
+}
+
+func total(m map[string]int) (n int) {
+	for _, k := range m {
+		n += k
+	}
+	return n
 }

@@ -39,13 +39,16 @@ func Simulate(t *testing.T, opt Options, dir string) *Result {
 	}
 	res := &Result{Options: opt, Reloads: map[string]int{}}
 	began := time.Now()
-	log := &journal{}
+	log, alive := &journal{}, &pulse{}
+	defer alive.watch(res.Command())()
 	synctest.Test(t, func(t *testing.T) {
 		from := time.Now()
 		c, err := newCluster(opt, dir, log.handler(from))
 		if err != nil {
 			t.Fatal(err)
 		}
+		c.alive = alive
+		defer c.beat()()
 		if err := c.simulate(res); err != nil {
 			c.bad("%v", err)
 		}
@@ -97,6 +100,21 @@ func (c *cluster) simulate(res *Result) error {
 
 // probes keeps the simulated gossip going, and a lazy disk.
 func (c *cluster) probes() (stop func()) {
+	return every(time.Second, func() {
+		c.gossip.probe()
+		for _, m := range c.members {
+			m.disk.sync()
+		}
+	})
+}
+
+// beat tells the outside that virtual time goes on.
+func (c *cluster) beat() (stop func()) {
+	return every(time.Second, func() { c.alive.beats.Add(1) })
+}
+
+// every calls f each d until the answer is called.
+func every(d time.Duration, f func()) (stop func()) {
 	end, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -104,11 +122,8 @@ func (c *cluster) probes() (stop func()) {
 			select {
 			case <-end:
 				return
-			case <-time.After(time.Second):
-				c.gossip.probe()
-				for _, m := range c.members {
-					m.disk.sync()
-				}
+			case <-time.After(d):
+				f()
 			}
 		}
 	}()

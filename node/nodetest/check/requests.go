@@ -57,13 +57,34 @@ func (j *judge) failures() {
 	}
 }
 
+// whoIs tells which node had a name at a time: a disk that was replaced makes another node of the same name, to which
+// nothing is left of what was meant for the first alone.
+func (j *judge) whoIs() func(name string, at int64) string {
+	type birth struct {
+		at int64
+		id string
+	}
+	births := map[string][]birth{}
+	j.each(func(e *Event) { births[e.Node] = append(births[e.Node], birth{e.At, e.NodeID}) }, Boot)
+	return func(name string, at int64) string {
+		id := ""
+		for _, b := range births[name] {
+			if b.at > at {
+				break
+			}
+			id = b.id
+		}
+		return name + " " + id
+	}
+}
+
 // order is I11: the answers of one node for one mount never go back to an older generation.
 func (j *judge) order() {
 	type place struct{ node, mount string }
-	seen := map[place][]timed{}
+	seen, who := map[place][]timed{}, j.whoIs()
 	for i := range j.run.Ops {
 		if op := &j.run.Ops[i]; op.Generation > 0 && op.By != "" {
-			k := place{op.By, op.Mount}
+			k := place{who(op.By, op.Return), op.Mount}
 			seen[k] = append(seen[k], timed{op.Return, int64(op.Generation)})
 		}
 	}
@@ -76,7 +97,7 @@ func (j *judge) order() {
 			continue
 		}
 		j.looked("I11", 1)
-		if before := lastBefore(seen[place{op.By, op.Mount}], op.Call, 0); int64(op.Generation) < before {
+		if before := lastBefore(seen[place{who(op.By, op.Return), op.Mount}], op.Call, 0); int64(op.Generation) < before {
 			j.bad("I11", []uint64{op.ID}, "%s answered for %s with generation %d after it had answered with %d", op.By, op.Mount, op.Generation, before)
 		}
 	}

@@ -208,6 +208,9 @@ func (o *operator) status() {
 		op.Outcome, op.Cause = check.OK, ""
 	}
 	op.Output = a.data("phase")
+	if is := a.data("id"); is != "" && is != id {
+		op.Kind = "status of an alias" // it was joined to one that waited: what is told is the other's
+	}
 	o.finish(op)
 }
 

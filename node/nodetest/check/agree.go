@@ -8,20 +8,21 @@ type incarnation struct {
 
 func (e *Event) life() incarnation { return incarnation{e.Node, e.Boot} }
 
-// leaders is I1: at most one leader a term, and no node's terms go back, restarts included.
+// leaders is I1: at most one leader a term, and no node's terms go back, restarts included. A leader whose disk hung gives
+// the office up without an election, and may take it up again in the same term.
 func (j *judge) leaders() {
 	who := map[uint64]string{}
-	last := map[string]uint64{}
+	last, life := map[string]uint64{}, map[string]incarnation{}
 	j.each(func(e *Event) {
 		j.looked("I1", 1)
 		if other, taken := who[e.Term]; taken && other != e.Node {
 			j.bad("I1", nil, "%s and %s both led term %d", other, e.Node, e.Term)
 		}
 		who[e.Term] = e.Node
-		if e.Term <= last[e.Node] {
+		if e.Term < last[e.Node] || e.Term == last[e.Node] && e.life() != life[e.Node] {
 			j.bad("I1", nil, "%s led term %d after term %d", e.Node, e.Term, last[e.Node])
 		}
-		last[e.Node] = max(last[e.Node], e.Term)
+		last[e.Node], life[e.Node] = max(last[e.Node], e.Term), e.life()
 	}, Leader)
 }
 

@@ -118,6 +118,8 @@ var reloadModel = porcupine.Model{
 		switch {
 		case op.Kind == Start && op.Refused:
 			return s.body != "" && s.body != op.Input, s
+		case op.Kind == Start && op.Outcome == Unknown && s.body != "" && s.body != op.Input:
+			return true, s // it was refused, and nobody heard
 		case op.Kind == Start && s.body == "":
 			return true, life{body: op.Input, answer: op.Output}
 		case op.Kind == Start:

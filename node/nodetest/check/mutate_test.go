@@ -102,7 +102,7 @@ var mutations = []mutation{
 	})},
 	{"I1", "the same term again", changeEvent(Leader, nil, func(run *Run, e *Event) {
 		other := *e
-		other.At = e.At + ms
+		other.At, other.Boot = e.At+ms, e.Boot+1
 		add(run, other)
 	})},
 

@@ -99,7 +99,8 @@ func (j *judge) swaps() {
 	}
 	wants := map[wanted]bool{}
 	told := false
-	moved := map[[3]string]bool{} // reload, node, mount
+	moved := map[[3]string]bool{}     // reload, node, mount
+	highest := map[[2]string]uint64{} // node, mount: the generation
 	j.each(func(e *Event) {
 		switch e.Kind {
 		case Wanted:
@@ -120,6 +121,8 @@ func (j *judge) swaps() {
 		if e.Reload != "" {
 			moved[[3]string{e.Reload, e.Node, e.MountID}] = true
 		}
+		place := [2]string{e.Node, e.MountID}
+		highest[place] = max(highest[place], e.Generation)
 		if told {
 			j.looked("I7", 1)
 			if !wants[wanted{e.life(), e.MountID, e.Generation}] {
@@ -127,6 +130,8 @@ func (j *judge) swaps() {
 			}
 		}
 	}, Wanted, Swap, Relabel)
+	generation := map[string]uint64{}
+	j.each(func(e *Event) { generation[e.Reload] = max(generation[e.Reload], e.Generation) }, Applied)
 	// A node of a run that was not watched to its end may have moved after the last line of its log.
 	j.each(func(e *Event) {
 		if e.Phase != "switched" && e.Phase != "converged late" {
@@ -137,6 +142,10 @@ func (j *judge) swaps() {
 			return
 		}
 		j.looked("I6", 1)
+		// A node that was away goes to what is wanted when it is back, which may be a later reload's.
+		if e.Phase == "converged late" && generation[e.Reload] > 0 && highest[[2]string{node, e.MountID}] >= generation[e.Reload] {
+			return
+		}
 		if !moved[[3]string{e.Reload, node, e.MountID}] {
 			j.bad("I6", nil, "reload %s says that %s has %s mount %s, and it has not: the reload is lost there", e.Reload, node, e.Phase, e.MountID)
 		}

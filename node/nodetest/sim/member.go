@@ -27,9 +27,10 @@ type member struct {
 	drift  float64
 	events *check.Node
 
-	mu       sync.Mutex
-	boots    int
-	path     string // of the small files: node id, incarnation, cluster
+	boots int
+	path  string // of the small files: node id, incarnation, cluster
+
+	mu       sync.Mutex // never held over a wait
 	node     *node.Node
 	launcher *launcher
 	over     chan struct{} // closed when this boot has ended
@@ -67,11 +68,9 @@ func (m *member) running() *node.Node {
 	return m.node
 }
 
-// start boots the member from what its disk holds.
+// start boots the member from what its disk holds. It is called by one at a time.
 func (m *member) start() error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.node != nil {
+	if m.up() {
 		return nil
 	}
 	m.boots++
@@ -91,12 +90,15 @@ func (m *member) start() error {
 	if err != nil {
 		return err
 	}
-	m.node, m.over = n, make(chan struct{})
+	over := make(chan struct{})
+	m.mu.Lock()
+	m.node, m.over = n, over
+	m.mu.Unlock()
 	m.c.gossip.alive(m.name, n.ID(), m.name+":"+clusterPort)
 	if err := n.Start(context.Background()); err != nil {
 		return err
 	}
-	go m.watch(n, m.over)
+	go m.watch(n, over)
 	return nil
 }
 
@@ -112,18 +114,20 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 	cfg.Reload.PrepareDeadline, cfg.Reload.RunDeadline, cfg.Reload.QueueDeadline = 20*time.Second, 90*time.Second, 90*time.Second
 	from := time.Now().Add(-time.Hour)
 	log := slog.New(m.events.Handler(m.c.logger(m.name).Handler()))
-	m.launcher = nil
 	opt := node.Options{
 		Logger: log, Network: m.c.wires.net.Host(m.name), Credentials: creds, BootstrapToken: m.c.token,
 		Discovery: seenBy{m.c.gossip, m.name}, Disk: m.disk.open(),
 		Witness: func(id string, _ uint64) fsm.Witness { return m.events.Witness(id, uint64(m.boots)) },
 		Clock:   func() time.Duration { return time.Duration(float64(time.Since(from)) * (1 + m.drift)) },
 		Launcher: func(at node.Surroundings) (node.Launcher, error) {
-			m.launcher = &launcher{
+			l := &launcher{
 				log: at.Logger, node: m.name, temper: m.temper, pid: m.c.nextPID, procs: map[int]*process{},
 				handled: func(mount, key, input string) { m.c.handled(m.name, mount, key, input) },
 			}
-			return m.launcher, nil
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			m.launcher = l
+			return l, nil
 		},
 	}
 	return cfg, opt
@@ -222,8 +226,6 @@ func (m *member) restart() error {
 
 // replace gives the member a new disk: it comes back under its name, as another node.
 func (m *member) replace() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	m.disk, m.path = newMember(m.c, m.name, m.drift).disk, ""
 }
 

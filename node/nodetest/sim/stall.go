@@ -32,12 +32,6 @@ func (p *pulse) watch(command string) (stop func()) {
 				last, since = now, time.Now()
 			}
 			if time.Since(since) > stallLimit {
-				if f, err := os.Create("/tmp/t-simulation/stall.prof"); err == nil {
-					_ = pprof.StartCPUProfile(f)
-					time.Sleep(4 * time.Second)
-					pprof.StopCPUProfile()
-					_ = f.Close()
-				}
 				_ = pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
 				panic(fmt.Sprintf("virtual time has stood still for %v after %d s; a mutex is held over a wait, or something spins. Again: %s",
 					stallLimit, last, command))

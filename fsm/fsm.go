@@ -182,6 +182,8 @@ func (e *entry) dispatch(cmd *commandv1.Command) error {
 		return e.restored(b.Restored)
 	case *commandv1.Command_SetAuditSalt:
 		return e.setAuditSalt(b.SetAuditSalt)
+	case *commandv1.Command_RotateKeys:
+		return e.rotateKeys()
 	case *commandv1.Command_RegisterPlugin:
 		return e.registerPlugin(b.RegisterPlugin)
 	case *commandv1.Command_DeregisterPlugin:

@@ -30,6 +30,8 @@ func (w *world) parse(line string) *commandv1.Command {
 		c.Body = &commandv1.Command_Restored{Restored: &commandv1.Restored{}}
 	case "audit-salt":
 		c.Body = &commandv1.Command_SetAuditSalt{SetAuditSalt: &commandv1.SetAuditSalt{Salt: []byte(a.at(0))}}
+	case "rotate":
+		c.Body = &commandv1.Command_RotateKeys{RotateKeys: &commandv1.RotateKeys{}}
 	case "register", "deregister", "pin", "unpin":
 		w.parseCatalog(c, verb, a)
 	case "enable", "disable", "tune", "move":

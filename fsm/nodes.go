@@ -32,6 +32,12 @@ func (e *entry) initCluster(c *commandv1.InitCluster) error {
 	return nil
 }
 
+// rotateKeys begins a new term of data keys. Which keys, is each node's own affair.
+func (e *entry) rotateKeys() error {
+	e.keyTerm, e.keyTermMS = max(e.keyTerm, 1)+1, e.wallMS
+	return nil
+}
+
 // hello enters a node's incarnation and facts, and what they mean to the reloads under way.
 func (e *entry) hello(c *commandv1.Hello) error {
 	switch {

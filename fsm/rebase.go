@@ -9,7 +9,7 @@ import (
 
 // Rebase makes an operator's backup (a stream of WriteSnapshot) into a snapshot that may replace the current state through
 // raft's Restore: what belongs to the cluster and not to its data stays as it is now. These are the members and their
-// incarnations, the clock, which never goes back, the salt that this cluster's audit
+// incarnations, the clock and the term of data keys, which never go back, the salt that this cluster's audit
 // files are hashed with, and the ids of reloads that clients may still ask for. Nobody may write
 // storage before a new TakeOver. The caller enters Restored as the first command after the restore.
 //
@@ -32,6 +32,9 @@ func Rebase(current *View, backup io.Reader, w io.Writer) error {
 	s.index, s.term, s.clock = max(s.index, now.index), max(s.term, now.term), max(s.clock, now.clock)
 	if now.auditSalt != "" {
 		s.auditSalt = now.auditSalt
+	}
+	if now.keyTerm >= s.keyTerm {
+		s.keyTerm, s.keyTermMS = now.keyTerm, now.keyTermMS
 	}
 	now.reloadIDs.Scan(func(_ string, row *commandv1.ReloadID) bool {
 		if old := get(&s.reloadIDs, row.GetId()); old != nil {

@@ -39,7 +39,8 @@ reload r2 mounts=kv/ local on=n2
 prepared r2 n2
 reload r3 mounts=kv/ strategy=canary
 reload r4 mounts=kv/ strategy=canary
-leave n2`
+leave n2
+rotate`
 
 func fullWorld(t testing.TB) *world {
 	w := newWorld(t)
@@ -166,7 +167,7 @@ func TestTheStateNeverGoesBack(t *testing.T) {
 func TestABackupComesBackWithTheClusterAsItIsNow(t *testing.T) {
 	w := fullWorld(t)
 	backup := snapshotBytes(t, w.f)
-	w.play("put kv/ later 1 epoch=12\nhello n2 inc=5\nhello n9\ntick after=1m\nreload new plugin=approle\nabort new")
+	w.play("rotate\nput kv/ later 1 epoch=12\nhello n2 inc=5\nhello n9\ntick after=1m\nreload new plugin=approle\nabort new")
 	now := w.f.View()
 	var rebased bytes.Buffer
 	if err := Rebase(now, bytes.NewReader(backup), &rebased); err != nil {
@@ -182,6 +183,9 @@ func TestABackupComesBackWithTheClusterAsItIsNow(t *testing.T) {
 	}
 	if v.Node("n2").GetIncarnation() != 5 || v.Node("n9") == nil || v.ClockNS() < now.ClockNS() || v.ReloadID("new") == nil || v.ReloadID("r1") == nil {
 		t.Error("members, clock or reload ids went back")
+	}
+	if term, _ := v.KeyTerm(); term != 3 {
+		t.Errorf("the term of data keys is %d", term)
 	}
 	if m := v.Mount("uuid-of-kv/"); m.GetEpoch() != 0 {
 		t.Error("an instance of before may still write")

@@ -21,6 +21,8 @@ type state struct {
 	clusterID   string
 	clusterName string
 	auditSalt   string
+	keyTerm     uint64 // of data keys; 0 stands for the first
+	keyTermMS   int64  // when it began, by the proposer's clock
 
 	nodes      table[*commandv1.Node]         // id
 	plugins    table[*commandv1.Plugin]       // type, name, version

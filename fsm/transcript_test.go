@@ -373,6 +373,9 @@ func (w *world) show(input string) string {
 		case "expired":
 			tokens, leases := v.Expired(v.ClockNS(), 100)
 			fmt.Fprintf(&out, "%d tokens, %d leases; next %v\n", len(tokens), len(leases), time.Duration(v.NextExpiry()))
+		case "keyterm":
+			term, ms := v.KeyTerm()
+			fmt.Fprintf(&out, "%d since %v\n", term, time.Duration(ms)*time.Millisecond)
 		case "clock":
 			fmt.Fprintln(&out, time.Duration(v.ClockNS()))
 		case "namespaces":

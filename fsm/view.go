@@ -29,6 +29,10 @@ func (v *View) AuditSalt() string { return v.s.auditSalt }
 // ClockNS is the log's clock in nanoseconds: the sum of what entries said has elapsed. Only it decides expiry.
 func (v *View) ClockNS() uint64 { return v.s.clock }
 
+// KeyTerm is the term of data keys that every node is to seal its disk with, from 1, and when it began, in Unix
+// milliseconds of the proposer's clock; 0 for the first.
+func (v *View) KeyTerm() (term uint64, wallMS int64) { return max(v.s.keyTerm, 1), v.s.keyTermMS }
+
 // Initialized reports whether InitCluster has been applied.
 func (v *View) Initialized() bool { return v.s.clusterID != "" }
 

@@ -77,6 +77,7 @@ type Command struct {
 	//	*Command_RemoveLease
 	//	*Command_UseToken
 	//	*Command_RevokeLeases
+	//	*Command_RotateKeys
 	Body          isCommand_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -489,6 +490,15 @@ func (x *Command) GetRevokeLeases() *RevokeLeases {
 	return nil
 }
 
+func (x *Command) GetRotateKeys() *RotateKeys {
+	if x != nil {
+		if x, ok := x.Body.(*Command_RotateKeys); ok {
+			return x.RotateKeys
+		}
+	}
+	return nil
+}
+
 type isCommand_Body interface {
 	isCommand_Body()
 }
@@ -646,6 +656,11 @@ type Command_RevokeLeases struct {
 	RevokeLeases *RevokeLeases `protobuf:"bytes,69,opt,name=revoke_leases,json=revokeLeases,proto3,oneof"`
 }
 
+type Command_RotateKeys struct {
+	// RotateKeys raises the key term: every node then seals what it writes to its disk with a data key made for the new term.
+	RotateKeys *RotateKeys `protobuf:"bytes,70,opt,name=rotate_keys,json=rotateKeys,proto3,oneof"`
+}
+
 func (*Command_InitCluster) isCommand_Body() {}
 
 func (*Command_Hello) isCommand_Body() {}
@@ -722,6 +737,8 @@ func (*Command_UseToken) isCommand_Body() {}
 
 func (*Command_RevokeLeases) isCommand_Body() {}
 
+func (*Command_RotateKeys) isCommand_Body() {}
+
 // Tick carries nothing but elapsed_ns. It flows only while something in the state can expire.
 type Tick struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -759,6 +776,43 @@ func (*Tick) Descriptor() ([]byte, []int) {
 	return file_command_v1_command_proto_rawDescGZIP(), []int{1}
 }
 
+// RotateKeys says that a new term of data keys begins. The keys themselves are each node's own, and never in the log.
+type RotateKeys struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateKeys) Reset() {
+	*x = RotateKeys{}
+	mi := &file_command_v1_command_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateKeys) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateKeys) ProtoMessage() {}
+
+func (x *RotateKeys) ProtoReflect() protoreflect.Message {
+	mi := &file_command_v1_command_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateKeys.ProtoReflect.Descriptor instead.
+func (*RotateKeys) Descriptor() ([]byte, []int) {
+	return file_command_v1_command_proto_rawDescGZIP(), []int{2}
+}
+
 // Restored follows an operator's restore of a snapshot, proposed by the leader that did it: every mount gets this entry's
 // index as its generation and starts afresh, overrides end, and reloads that were under way are aborted.
 type Restored struct {
@@ -770,7 +824,7 @@ type Restored struct {
 
 func (x *Restored) Reset() {
 	*x = Restored{}
-	mi := &file_command_v1_command_proto_msgTypes[2]
+	mi := &file_command_v1_command_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -782,7 +836,7 @@ func (x *Restored) String() string {
 func (*Restored) ProtoMessage() {}
 
 func (x *Restored) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_command_proto_msgTypes[2]
+	mi := &file_command_v1_command_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -795,7 +849,7 @@ func (x *Restored) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Restored.ProtoReflect.Descriptor instead.
 func (*Restored) Descriptor() ([]byte, []int) {
-	return file_command_v1_command_proto_rawDescGZIP(), []int{2}
+	return file_command_v1_command_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Restored) GetWhy() string {
@@ -824,7 +878,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_command_v1_command_proto_msgTypes[3]
+	mi := &file_command_v1_command_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +890,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_command_v1_command_proto_msgTypes[3]
+	mi := &file_command_v1_command_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +903,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_command_v1_command_proto_rawDescGZIP(), []int{3}
+	return file_command_v1_command_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Result) GetIndex() uint64 {
@@ -898,7 +952,7 @@ var File_command_v1_command_proto protoreflect.FileDescriptor
 
 const file_command_v1_command_proto_rawDesc = "" +
 	"\n" +
-	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\xd2\x15\n" +
+	"\x18command/v1/command.proto\x12\x13rollcall.command.v1\x1a\x17command/v1/access.proto\x1a\x18command/v1/catalog.proto\x1a\x16command/v1/mount.proto\x1a\x15command/v1/node.proto\x1a\x17command/v1/reload.proto\x1a\x18command/v1/storage.proto\"\x96\x16\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"elapsed_ns\x18\x01 \x01(\x04R\telapsedNs\x12\x17\n" +
@@ -950,9 +1004,13 @@ const file_command_v1_command_proto_rawDesc = "" +
 	"\tput_lease\x18B \x01(\v2\x1d.rollcall.command.v1.PutLeaseH\x00R\bputLease\x12E\n" +
 	"\fremove_lease\x18C \x01(\v2 .rollcall.command.v1.RemoveLeaseH\x00R\vremoveLease\x12<\n" +
 	"\tuse_token\x18D \x01(\v2\x1d.rollcall.command.v1.UseTokenH\x00R\buseToken\x12H\n" +
-	"\rrevoke_leases\x18E \x01(\v2!.rollcall.command.v1.RevokeLeasesH\x00R\frevokeLeasesB\x06\n" +
+	"\rrevoke_leases\x18E \x01(\v2!.rollcall.command.v1.RevokeLeasesH\x00R\frevokeLeases\x12B\n" +
+	"\vrotate_keys\x18F \x01(\v2\x1f.rollcall.command.v1.RotateKeysH\x00R\n" +
+	"rotateKeysB\x06\n" +
 	"\x04body\"\x06\n" +
-	"\x04Tick\"\x1c\n" +
+	"\x04Tick\"\f\n" +
+	"\n" +
+	"RotateKeys\"\x1c\n" +
 	"\bRestored\x12\x10\n" +
 	"\x03why\x18\x01 \x01(\tR\x03why\"\xa4\x01\n" +
 	"\x06Result\x12\x14\n" +
@@ -977,93 +1035,95 @@ func file_command_v1_command_proto_rawDescGZIP() []byte {
 	return file_command_v1_command_proto_rawDescData
 }
 
-var file_command_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_command_v1_command_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_command_v1_command_proto_goTypes = []any{
 	(*Command)(nil),          // 0: rollcall.command.v1.Command
 	(*Tick)(nil),             // 1: rollcall.command.v1.Tick
-	(*Restored)(nil),         // 2: rollcall.command.v1.Restored
-	(*Result)(nil),           // 3: rollcall.command.v1.Result
-	(*InitCluster)(nil),      // 4: rollcall.command.v1.InitCluster
-	(*Hello)(nil),            // 5: rollcall.command.v1.Hello
-	(*Leave)(nil),            // 6: rollcall.command.v1.Leave
-	(*RemoveNode)(nil),       // 7: rollcall.command.v1.RemoveNode
-	(*SetAuditSalt)(nil),     // 8: rollcall.command.v1.SetAuditSalt
-	(*RegisterPlugin)(nil),   // 9: rollcall.command.v1.RegisterPlugin
-	(*DeregisterPlugin)(nil), // 10: rollcall.command.v1.DeregisterPlugin
-	(*SetPin)(nil),           // 11: rollcall.command.v1.SetPin
-	(*DeletePin)(nil),        // 12: rollcall.command.v1.DeletePin
-	(*EnableMount)(nil),      // 13: rollcall.command.v1.EnableMount
-	(*DisableMount)(nil),     // 14: rollcall.command.v1.DisableMount
-	(*TuneMount)(nil),        // 15: rollcall.command.v1.TuneMount
-	(*MoveMount)(nil),        // 16: rollcall.command.v1.MoveMount
-	(*TakeOver)(nil),         // 17: rollcall.command.v1.TakeOver
-	(*MarkLeaderOnly)(nil),   // 18: rollcall.command.v1.MarkLeaderOnly
-	(*PutConnection)(nil),    // 19: rollcall.command.v1.PutConnection
-	(*DeleteConnection)(nil), // 20: rollcall.command.v1.DeleteConnection
-	(*WriteStorage)(nil),     // 21: rollcall.command.v1.WriteStorage
-	(*StartReload)(nil),      // 22: rollcall.command.v1.StartReload
-	(*ReportBatch)(nil),      // 23: rollcall.command.v1.ReportBatch
-	(*ExpireReload)(nil),     // 24: rollcall.command.v1.ExpireReload
-	(*ControlReload)(nil),    // 25: rollcall.command.v1.ControlReload
-	(*ExcludeNode)(nil),      // 26: rollcall.command.v1.ExcludeNode
-	(*FenceNode)(nil),        // 27: rollcall.command.v1.FenceNode
-	(*AdvanceWave)(nil),      // 28: rollcall.command.v1.AdvanceWave
-	(*DropReloads)(nil),      // 29: rollcall.command.v1.DropReloads
-	(*PutToken)(nil),         // 30: rollcall.command.v1.PutToken
-	(*RevokeToken)(nil),      // 31: rollcall.command.v1.RevokeToken
-	(*PutPolicy)(nil),        // 32: rollcall.command.v1.PutPolicy
-	(*DeletePolicy)(nil),     // 33: rollcall.command.v1.DeletePolicy
-	(*PutNamespace)(nil),     // 34: rollcall.command.v1.PutNamespace
-	(*DeleteNamespace)(nil),  // 35: rollcall.command.v1.DeleteNamespace
-	(*PutLease)(nil),         // 36: rollcall.command.v1.PutLease
-	(*RemoveLease)(nil),      // 37: rollcall.command.v1.RemoveLease
-	(*UseToken)(nil),         // 38: rollcall.command.v1.UseToken
-	(*RevokeLeases)(nil),     // 39: rollcall.command.v1.RevokeLeases
+	(*RotateKeys)(nil),       // 2: rollcall.command.v1.RotateKeys
+	(*Restored)(nil),         // 3: rollcall.command.v1.Restored
+	(*Result)(nil),           // 4: rollcall.command.v1.Result
+	(*InitCluster)(nil),      // 5: rollcall.command.v1.InitCluster
+	(*Hello)(nil),            // 6: rollcall.command.v1.Hello
+	(*Leave)(nil),            // 7: rollcall.command.v1.Leave
+	(*RemoveNode)(nil),       // 8: rollcall.command.v1.RemoveNode
+	(*SetAuditSalt)(nil),     // 9: rollcall.command.v1.SetAuditSalt
+	(*RegisterPlugin)(nil),   // 10: rollcall.command.v1.RegisterPlugin
+	(*DeregisterPlugin)(nil), // 11: rollcall.command.v1.DeregisterPlugin
+	(*SetPin)(nil),           // 12: rollcall.command.v1.SetPin
+	(*DeletePin)(nil),        // 13: rollcall.command.v1.DeletePin
+	(*EnableMount)(nil),      // 14: rollcall.command.v1.EnableMount
+	(*DisableMount)(nil),     // 15: rollcall.command.v1.DisableMount
+	(*TuneMount)(nil),        // 16: rollcall.command.v1.TuneMount
+	(*MoveMount)(nil),        // 17: rollcall.command.v1.MoveMount
+	(*TakeOver)(nil),         // 18: rollcall.command.v1.TakeOver
+	(*MarkLeaderOnly)(nil),   // 19: rollcall.command.v1.MarkLeaderOnly
+	(*PutConnection)(nil),    // 20: rollcall.command.v1.PutConnection
+	(*DeleteConnection)(nil), // 21: rollcall.command.v1.DeleteConnection
+	(*WriteStorage)(nil),     // 22: rollcall.command.v1.WriteStorage
+	(*StartReload)(nil),      // 23: rollcall.command.v1.StartReload
+	(*ReportBatch)(nil),      // 24: rollcall.command.v1.ReportBatch
+	(*ExpireReload)(nil),     // 25: rollcall.command.v1.ExpireReload
+	(*ControlReload)(nil),    // 26: rollcall.command.v1.ControlReload
+	(*ExcludeNode)(nil),      // 27: rollcall.command.v1.ExcludeNode
+	(*FenceNode)(nil),        // 28: rollcall.command.v1.FenceNode
+	(*AdvanceWave)(nil),      // 29: rollcall.command.v1.AdvanceWave
+	(*DropReloads)(nil),      // 30: rollcall.command.v1.DropReloads
+	(*PutToken)(nil),         // 31: rollcall.command.v1.PutToken
+	(*RevokeToken)(nil),      // 32: rollcall.command.v1.RevokeToken
+	(*PutPolicy)(nil),        // 33: rollcall.command.v1.PutPolicy
+	(*DeletePolicy)(nil),     // 34: rollcall.command.v1.DeletePolicy
+	(*PutNamespace)(nil),     // 35: rollcall.command.v1.PutNamespace
+	(*DeleteNamespace)(nil),  // 36: rollcall.command.v1.DeleteNamespace
+	(*PutLease)(nil),         // 37: rollcall.command.v1.PutLease
+	(*RemoveLease)(nil),      // 38: rollcall.command.v1.RemoveLease
+	(*UseToken)(nil),         // 39: rollcall.command.v1.UseToken
+	(*RevokeLeases)(nil),     // 40: rollcall.command.v1.RevokeLeases
 }
 var file_command_v1_command_proto_depIdxs = []int32{
-	4,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
-	5,  // 1: rollcall.command.v1.Command.hello:type_name -> rollcall.command.v1.Hello
-	6,  // 2: rollcall.command.v1.Command.leave:type_name -> rollcall.command.v1.Leave
+	5,  // 0: rollcall.command.v1.Command.init_cluster:type_name -> rollcall.command.v1.InitCluster
+	6,  // 1: rollcall.command.v1.Command.hello:type_name -> rollcall.command.v1.Hello
+	7,  // 2: rollcall.command.v1.Command.leave:type_name -> rollcall.command.v1.Leave
 	1,  // 3: rollcall.command.v1.Command.tick:type_name -> rollcall.command.v1.Tick
-	7,  // 4: rollcall.command.v1.Command.remove_node:type_name -> rollcall.command.v1.RemoveNode
-	2,  // 5: rollcall.command.v1.Command.restored:type_name -> rollcall.command.v1.Restored
-	8,  // 6: rollcall.command.v1.Command.set_audit_salt:type_name -> rollcall.command.v1.SetAuditSalt
-	9,  // 7: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
-	10, // 8: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
-	11, // 9: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
-	12, // 10: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
-	13, // 11: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
-	14, // 12: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
-	15, // 13: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
-	16, // 14: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
-	17, // 15: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
-	18, // 16: rollcall.command.v1.Command.mark_leader_only:type_name -> rollcall.command.v1.MarkLeaderOnly
-	19, // 17: rollcall.command.v1.Command.put_connection:type_name -> rollcall.command.v1.PutConnection
-	20, // 18: rollcall.command.v1.Command.delete_connection:type_name -> rollcall.command.v1.DeleteConnection
-	21, // 19: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
-	22, // 20: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
-	23, // 21: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
-	24, // 22: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
-	25, // 23: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
-	26, // 24: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
-	27, // 25: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
-	28, // 26: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
-	29, // 27: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
-	30, // 28: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
-	31, // 29: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
-	32, // 30: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
-	33, // 31: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
-	34, // 32: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
-	35, // 33: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
-	36, // 34: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
-	37, // 35: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
-	38, // 36: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
-	39, // 37: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	8,  // 4: rollcall.command.v1.Command.remove_node:type_name -> rollcall.command.v1.RemoveNode
+	3,  // 5: rollcall.command.v1.Command.restored:type_name -> rollcall.command.v1.Restored
+	9,  // 6: rollcall.command.v1.Command.set_audit_salt:type_name -> rollcall.command.v1.SetAuditSalt
+	10, // 7: rollcall.command.v1.Command.register_plugin:type_name -> rollcall.command.v1.RegisterPlugin
+	11, // 8: rollcall.command.v1.Command.deregister_plugin:type_name -> rollcall.command.v1.DeregisterPlugin
+	12, // 9: rollcall.command.v1.Command.set_pin:type_name -> rollcall.command.v1.SetPin
+	13, // 10: rollcall.command.v1.Command.delete_pin:type_name -> rollcall.command.v1.DeletePin
+	14, // 11: rollcall.command.v1.Command.enable_mount:type_name -> rollcall.command.v1.EnableMount
+	15, // 12: rollcall.command.v1.Command.disable_mount:type_name -> rollcall.command.v1.DisableMount
+	16, // 13: rollcall.command.v1.Command.tune_mount:type_name -> rollcall.command.v1.TuneMount
+	17, // 14: rollcall.command.v1.Command.move_mount:type_name -> rollcall.command.v1.MoveMount
+	18, // 15: rollcall.command.v1.Command.take_over:type_name -> rollcall.command.v1.TakeOver
+	19, // 16: rollcall.command.v1.Command.mark_leader_only:type_name -> rollcall.command.v1.MarkLeaderOnly
+	20, // 17: rollcall.command.v1.Command.put_connection:type_name -> rollcall.command.v1.PutConnection
+	21, // 18: rollcall.command.v1.Command.delete_connection:type_name -> rollcall.command.v1.DeleteConnection
+	22, // 19: rollcall.command.v1.Command.write_storage:type_name -> rollcall.command.v1.WriteStorage
+	23, // 20: rollcall.command.v1.Command.start_reload:type_name -> rollcall.command.v1.StartReload
+	24, // 21: rollcall.command.v1.Command.report_batch:type_name -> rollcall.command.v1.ReportBatch
+	25, // 22: rollcall.command.v1.Command.expire_reload:type_name -> rollcall.command.v1.ExpireReload
+	26, // 23: rollcall.command.v1.Command.control_reload:type_name -> rollcall.command.v1.ControlReload
+	27, // 24: rollcall.command.v1.Command.exclude_node:type_name -> rollcall.command.v1.ExcludeNode
+	28, // 25: rollcall.command.v1.Command.fence_node:type_name -> rollcall.command.v1.FenceNode
+	29, // 26: rollcall.command.v1.Command.advance_wave:type_name -> rollcall.command.v1.AdvanceWave
+	30, // 27: rollcall.command.v1.Command.drop_reloads:type_name -> rollcall.command.v1.DropReloads
+	31, // 28: rollcall.command.v1.Command.put_token:type_name -> rollcall.command.v1.PutToken
+	32, // 29: rollcall.command.v1.Command.revoke_token:type_name -> rollcall.command.v1.RevokeToken
+	33, // 30: rollcall.command.v1.Command.put_policy:type_name -> rollcall.command.v1.PutPolicy
+	34, // 31: rollcall.command.v1.Command.delete_policy:type_name -> rollcall.command.v1.DeletePolicy
+	35, // 32: rollcall.command.v1.Command.put_namespace:type_name -> rollcall.command.v1.PutNamespace
+	36, // 33: rollcall.command.v1.Command.delete_namespace:type_name -> rollcall.command.v1.DeleteNamespace
+	37, // 34: rollcall.command.v1.Command.put_lease:type_name -> rollcall.command.v1.PutLease
+	38, // 35: rollcall.command.v1.Command.remove_lease:type_name -> rollcall.command.v1.RemoveLease
+	39, // 36: rollcall.command.v1.Command.use_token:type_name -> rollcall.command.v1.UseToken
+	40, // 37: rollcall.command.v1.Command.revoke_leases:type_name -> rollcall.command.v1.RevokeLeases
+	2,  // 38: rollcall.command.v1.Command.rotate_keys:type_name -> rollcall.command.v1.RotateKeys
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_command_v1_command_proto_init() }
@@ -1116,6 +1176,7 @@ func file_command_v1_command_proto_init() {
 		(*Command_RemoveLease)(nil),
 		(*Command_UseToken)(nil),
 		(*Command_RevokeLeases)(nil),
+		(*Command_RotateKeys)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1123,7 +1184,7 @@ func file_command_v1_command_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_command_v1_command_proto_rawDesc), len(file_command_v1_command_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   5,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -295,7 +295,10 @@ type SnapshotHeader struct {
 	// Made by an operator's restore (fsm.Rebase): may replace a newer state. A Restored entry follows it.
 	OperatorRestore bool `protobuf:"varint,8,opt,name=operator_restore,json=operatorRestore,proto3" json:"operator_restore,omitempty"`
 	// As SetAuditSalt has it; empty where none was entered.
-	AuditSalt     []byte `protobuf:"bytes,9,opt,name=audit_salt,json=auditSalt,proto3" json:"audit_salt,omitempty"`
+	AuditSalt []byte `protobuf:"bytes,9,opt,name=audit_salt,json=auditSalt,proto3" json:"audit_salt,omitempty"`
+	// The term of data keys that nodes are to have, 0 for the first, and when it began.
+	KeyTerm       uint64 `protobuf:"varint,10,opt,name=key_term,json=keyTerm,proto3" json:"key_term,omitempty"`
+	KeyTermWallMs int64  `protobuf:"varint,11,opt,name=key_term_wall_ms,json=keyTermWallMs,proto3" json:"key_term_wall_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -391,6 +394,20 @@ func (x *SnapshotHeader) GetAuditSalt() []byte {
 		return x.AuditSalt
 	}
 	return nil
+}
+
+func (x *SnapshotHeader) GetKeyTerm() uint64 {
+	if x != nil {
+		return x.KeyTerm
+	}
+	return 0
+}
+
+func (x *SnapshotHeader) GetKeyTermWallMs() int64 {
+	if x != nil {
+		return x.KeyTermWallMs
+	}
+	return 0
 }
 
 type StorageEntry struct {
@@ -542,7 +559,7 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"\tnamespace\x18\v \x01(\v2\x1e.rollcall.command.v1.NamespaceH\x00R\tnamespace\x122\n" +
 	"\x05lease\x18\f \x01(\v2\x1a.rollcall.command.v1.LeaseH\x00R\x05lease\x12@\n" +
 	"\atrailer\x18\x0f \x01(\v2$.rollcall.command.v1.SnapshotTrailerH\x00R\atrailerB\b\n" +
-	"\x06record\"\x98\x02\n" +
+	"\x06record\"\xdc\x02\n" +
 	"\x0eSnapshotHeader\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x04R\x05index\x12\x12\n" +
@@ -555,7 +572,10 @@ const file_command_v1_snapshot_proto_rawDesc = "" +
 	"token_salt\x18\a \x01(\fR\ttokenSalt\x12)\n" +
 	"\x10operator_restore\x18\b \x01(\bR\x0foperatorRestore\x12\x1d\n" +
 	"\n" +
-	"audit_salt\x18\t \x01(\fR\tauditSalt\"\x88\x01\n" +
+	"audit_salt\x18\t \x01(\fR\tauditSalt\x12\x19\n" +
+	"\bkey_term\x18\n" +
+	" \x01(\x04R\akeyTerm\x12'\n" +
+	"\x10key_term_wall_ms\x18\v \x01(\x03R\rkeyTermWallMs\"\x88\x01\n" +
 	"\fStorageEntry\x12\x1d\n" +
 	"\n" +
 	"mount_uuid\x18\x01 \x01(\tR\tmountUuid\x12\x10\n" +

@@ -3,7 +3,6 @@ package replica
 import (
 	"context"
 	"io"
-	"os"
 
 	"github.com/hashicorp/raft"
 
@@ -12,13 +11,20 @@ import (
 	commandv1 "rollcall/proto/command/v1"
 )
 
-// Backup writes the whole state as it is now, consistently, from any node. The stream is what RestoreBackup reads.
+// Backup writes the whole state as it is now, consistently, from any node, sealed where this node's disk is. The stream
+// is what RestoreBackup reads.
 func (r *Replica) Backup(ctx context.Context, w io.Writer) error {
 	v, err := r.Consistent(ctx)
 	if err != nil {
 		return err
 	}
-	return fault.Wrap(v.WriteSnapshot(w), "write backup", r.cfg.Name)
+	out, err := r.sealedBackup(w)
+	if err == nil {
+		if err = v.WriteSnapshot(out); err == nil {
+			err = out.Close()
+		}
+	}
+	return fault.Wrap(err, "write backup", r.cfg.Name)
 }
 
 // Snapshot compacts this node's log now, as SnapshotThreshold does by itself. It is for tests.
@@ -34,7 +40,7 @@ func (r *Replica) Snapshot() error {
 // every mount gets a new generation. The members stay as they are. Commands that are under way are aborted
 // (fault.OutcomeUnknown at their callers), and what was applied after the backup was taken is gone: this is for
 // disasters. fault.NotLeader on any other node, fault.Conflict for another cluster's backup, fault.Corrupt for a damaged
-// one; then nothing has changed. After fault.OutcomeUnknown, look at the state.
+// one, fault.Invalid for one that no key of this node opens; then nothing has changed. After fault.OutcomeUnknown, look at the state.
 func (r *Replica) RestoreBackup(ctx context.Context, backup io.Reader, why string) (*commandv1.Result, error) {
 	l := r.led.Load()
 	if l == nil {
@@ -45,30 +51,31 @@ func (r *Replica) RestoreBackup(ctx context.Context, backup io.Reader, why strin
 		return nil, err
 	}
 	defer release()
-	file, err := os.CreateTemp(r.cfg.Dir.Path, "restore-*.tmp")
+	plain, err := r.openBackup(backup)
 	if err != nil {
-		return nil, fault.As(fault.Internal, err, "restore backup", "")
+		return nil, err
 	}
-	defer func() { _, _ = file.Close(), os.Remove(file.Name()) }()
+	file, err := newScratch(r.cfg.Dir.Path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.close()
 	v, err := r.Consistent(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := fsm.Rebase(v, backup, file); err != nil {
+	if err := fsm.Rebase(v, plain, file); err != nil {
 		return nil, err
 	}
-	size, err := file.Seek(0, io.SeekCurrent)
-	if err == nil {
-		_, err = file.Seek(0, io.SeekStart)
-	}
+	state, err := file.rewind()
 	if err != nil {
-		return nil, fault.As(fault.Internal, err, "restore backup", "")
+		return nil, err
 	}
 	if now, leading := r.leads(); !leading || now != l.term {
 		return nil, fault.New(fault.NotLeader, "restore backup", "", "the leadership of term %d is over", l.term)
 	}
-	meta := &raft.SnapshotMeta{Version: raft.SnapshotVersionMax, Index: v.Index(), Term: v.Term(), Size: size}
-	if err := r.await(ctx, waitFuture(func() error { return r.raft.Load().Restore(meta, file, r.cfg.LeaderWait) })); err != nil {
+	meta := &raft.SnapshotMeta{Version: raft.SnapshotVersionMax, Index: v.Index(), Term: v.Term(), Size: file.size}
+	if err := r.await(ctx, waitFuture(func() error { return r.raft.Load().Restore(meta, state, r.cfg.LeaderWait) })); err != nil {
 		return nil, fault.As(fault.OutcomeUnknown, err, "restore backup", "")
 	}
 	r.log.Warn("the state was restored from a backup", "why", why)

@@ -12,6 +12,7 @@ import (
 	"rollcall/fsm"
 	"rollcall/node/fault"
 	"rollcall/node/replica/internal/disk"
+	"rollcall/node/seal"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -154,6 +155,8 @@ type Config struct {
 	Disk Disk
 	// NoSync leaves out fdatasync: for tests and `dev` only.
 	NoSync bool
+	// Keys lock the data keys that seal this node's disk, and its backups. Nil: nothing is sealed.
+	Keys *seal.Keys
 
 	// Now is the clock of serving leases: it must not stop while the machine sleeps. Default CLOCK_BOOTTIME.
 	Now func() time.Duration

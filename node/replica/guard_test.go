@@ -13,6 +13,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+
+	"rollcall/node/seal"
 )
 
 // countingFSM counts its entries and restores, and notices when it goes backwards.
@@ -289,8 +291,14 @@ func TestANodeWithoutStateListensOnlyToWhomItAsked(t *testing.T) {
 }
 
 func TestABackupBringsTheStateBackOnEveryNode(t *testing.T) {
+	for name, keys := range map[string]*seal.Keys{"plain": nil, "sealed": {Current: seal.Ephemeral()}} {
+		t.Run(name, func(t *testing.T) { backupAndRestore(t, keys) })
+	}
+}
+
+func backupAndRestore(t *testing.T, keys *seal.Keys) {
 	c := newCluster(t)
-	all := c.founders(3)
+	all := c.founders(3, func(cfg *Config) { cfg.Keys = keys })
 	for _, m := range all {
 		m.start()
 	}
@@ -299,6 +307,9 @@ func TestABackupBringsTheStateBackOnEveryNode(t *testing.T) {
 	var backup bytes.Buffer
 	if err := all[1].Backup(timeout(t, 10*time.Second), &backup); err != nil {
 		t.Fatal(err)
+	}
+	if seal.IsStream(backup.Bytes()) != (keys != nil) || bytes.Contains(backup.Bytes(), []byte("kept")) != (keys == nil) {
+		t.Errorf("a backup that begins with %q", backup.Bytes()[:16])
 	}
 	all[2].mustWrite("later")
 	lead := c.leader()

@@ -57,6 +57,10 @@ func newMetrics(registry prometheus.Registerer, r *Replica) (*metrics, error) {
 		gauge("term", "Current Raft term.", func() float64 { return float64(r.Role().Term) }),
 		gauge("applied_index", "Index of the last applied command.", func() float64 { return float64(r.fsm.Index()) }),
 		gauge("serving", "1 while this node holds a serving lease.", func() float64 { return bit(r.Serving() == nil) }),
+		gauge("data_keys", "Data keys that something on this node's disk may need; 0 where nothing is sealed.", func() float64 {
+			st, _ := r.KeyStatus()
+			return float64(st.Keys)
+		}),
 		gauge("disk_stall_seconds", "Age of the oldest write to the log that is under way.", func() float64 { return r.DiskStalled().Seconds() }),
 		counter("guard_snapshots_skipped_total", "Snapshots that were not newer than the state, hence not installed.",
 			ofGuard(func(g *guard) uint64 { return g.skippedSnapshots.Load() })),

@@ -73,7 +73,7 @@ func New(cfg Config) (*Replica, error) {
 		return nil, err
 	}
 	stores, err := cfg.Dir.Open(disk.Options{
-		Limit: cfg.DiskLimit, NoSync: cfg.NoSync, Retain: 2, Logger: telemetry.HCLog(cfg.Logger), Wrap: cfg.wrapLog, Backing: cfg.Disk,
+		Limit: cfg.DiskLimit, NoSync: cfg.NoSync, Retain: 2, Logger: telemetry.HCLog(cfg.Logger), Wrap: cfg.wrapLog, Keys: cfg.Keys, Backing: cfg.Disk,
 	})
 	if err != nil {
 		return nil, err
@@ -116,6 +116,7 @@ func (r *Replica) Start(ctx context.Context) error {
 	r.wg.Go(func() { r.stores.Log.Watch().Run(r.ctx, r.diskSlow, r.diskWell) })
 	r.wg.Go(r.watchRole)
 	r.wg.Go(r.nudgeLoop)
+	r.wg.Go(r.keepKeys)
 	r.wg.Go(r.enter)
 	r.wg.Go(r.keepLease)
 	return nil

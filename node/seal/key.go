@@ -53,7 +53,7 @@ func ParseKey(text []byte, from string) (*Key, error) {
 	if err != nil || len(raw) != keySize {
 		// The cause is not shown: it quotes a byte of what may be a key.
 		return nil, fault.New(fault.Invalid, "read seal key", from,
-			"it must hold 32 bytes in base64 (44 characters) and nothing else; rollcall operator seal-key makes one")
+			"it must hold 32 bytes in base64 (44 characters) and nothing else; rollcall tls seal-key makes one")
 	}
 	k := &Key{from: from}
 	copy(k.secret[:], raw)

@@ -49,6 +49,8 @@ type Config struct {
 	Gossip GossipConfig `key:"gossip"`
 	// HTTP is the API.
 	HTTP HTTPConfig `key:"http"`
+	// Seal is the key that keeps what this node writes to its disk unreadable to others.
+	Seal SealConfig `key:"seal"`
 	// Raft tunes consensus.
 	Raft RaftConfig `key:"raft"`
 	// Lease is the right to serve plugin requests.
@@ -125,6 +127,26 @@ type HTTPConfig struct {
 	ReadTimeout time.Duration `key:"read_timeout"`
 	// IdleTimeout closes a kept-alive connection that nothing came over. Default 120s.
 	IdleTimeout time.Duration `key:"idle_timeout"`
+}
+
+// SealConfig is the key that keeps what this node writes to its disk unreadable to others: Raft's log, the snapshots, and
+// the snapshots that are saved through the API. The key locks the data keys in the file "keyring" of DataDir. Without the
+// block nothing is sealed. A directory that was used without one is sealed at the first start with it; there is no way
+// back. Give every node the same key, and a snapshot that is saved through one is restored through any.
+type SealConfig struct {
+	// KeyFile holds the key, 32 bytes in base64, made by `rollcall tls seal-key`. Default: none. Not readable by everyone,
+	// not in DataDir, and on another disk where you can. Whoever loses it has lost the data of every node that has no other.
+	KeyFile string `key:"key_file"`
+	// Command prints the key, in place of KeyFile: a program by its absolute path, and its arguments. Default: none. It
+	// runs once at the start, without a shell, for 30s at most; when it fails the node does not start.
+	Command []string `key:"command"`
+	// PreviousKeyFile is the key before KeyFile or Command. Default: none. At the start the keyring is locked again with
+	// the new one; take this out when every node has started once. Snapshots that were saved with the old key need it.
+	PreviousKeyFile string `key:"previous_key_file"`
+	// PreviousCommand is as PreviousKeyFile. Default: none.
+	PreviousCommand []string `key:"previous_command"`
+	// EnvAllow names variables of this node's environment that the commands may see. Default: none but PATH.
+	EnvAllow []string `key:"env_allow"`
 }
 
 // RaftConfig tunes consensus. The same values on every node, please: voters with shorter timers stand first.

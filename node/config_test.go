@@ -320,6 +320,17 @@ func TestValidateNamesEachProblemByItsKey(t *testing.T) {
 		"join alone": {func(c *Config) {
 			c.BootstrapExpect, c.BootstrapTokenFile, c.RetryJoin = 0, "", []string{"a", "b:1", "::1", "[::1]:5"}
 		}, ""},
+		"two seal keys": {func(c *Config) { c.Seal.KeyFile, c.Seal.Command = "/k", []string{"/bin/k"} }, "seal.command: and seal.key_file"},
+		"two previous keys": {func(c *Config) {
+			c.Seal = SealConfig{KeyFile: "/k", PreviousKeyFile: "/p", PreviousCommand: []string{"/p"}}
+		}, "seal.previous_command: "},
+		"previous key alone": {func(c *Config) { c.Seal.PreviousKeyFile = "/p" }, "seal.key_file: is missing"},
+		"key beside data":    {func(c *Config) { c.Seal.KeyFile = "/data/seal.key" }, "seal.key_file: /data/seal.key lies in data_dir"},
+		"command by name":    {func(c *Config) { c.Seal.Command = []string{"get-key", "x"} }, "seal.command: "},
+		"seal variable":      {func(c *Config) { c.Seal = SealConfig{KeyFile: "/k", EnvAllow: []string{"A=B"}} }, "seal.env_allow: "},
+		"sealed": {func(c *Config) {
+			c.Seal = SealConfig{Command: []string{"/bin/k", "x"}, PreviousKeyFile: "/etc/old.key", EnvAllow: []string{"KMS"}}
+		}, ""},
 		"bad join":         {func(c *Config) { c.RetryJoin = []string{"http://a:1/x"} }, "retry_join: "},
 		"empty join":       {func(c *Config) { c.RetryJoin = []string{""} }, "retry_join: "},
 		"join backwards":   {func(c *Config) { c.Join.MaxInterval = time.Millisecond }, "join.max_interval: "},

@@ -50,6 +50,7 @@ func (c *Config) Validate() error {
 	c.validateFounding(p)
 	c.validateAddresses(p)
 	c.validateHTTP(p)
+	c.validateSeal(p)
 	c.validateRaft(p)
 	c.validatePlugins(p)
 	c.validateReload(p)
@@ -220,6 +221,31 @@ func (c *Config) validateHTTP(p *problems) {
 	p.duration("http.idle_timeout", h.IdleTimeout, time.Second, time.Hour)
 }
 
+func (c *Config) validateSeal(p *problems) {
+	s := &c.Seal
+	given := s.KeyFile != "" || len(s.Command) > 0
+	p.unless(s.KeyFile == "" || len(s.Command) == 0, "seal.command", "and seal.key_file both give the key; set one of them")
+	p.unless(s.PreviousKeyFile == "" || len(s.PreviousCommand) == 0, "seal.previous_command",
+		"and seal.previous_key_file both give the previous key; set one of them")
+	if s.PreviousKeyFile != "" || len(s.PreviousCommand) > 0 {
+		p.unless(given, "seal.key_file", "is missing; a previous key is given and none that comes after it")
+	}
+	for _, f := range []struct{ key, path string }{{"seal.key_file", s.KeyFile}, {"seal.previous_key_file", s.PreviousKeyFile}} {
+		p.unless(f.path == "" || c.DataDir == "" || !within(c.DataDir, f.path), f.key,
+			"%s lies in data_dir, beside what it locks; keep it elsewhere", f.path)
+	}
+	for _, f := range []struct {
+		key     string
+		command []string
+	}{{"seal.command", s.Command}, {"seal.previous_command", s.PreviousCommand}} {
+		p.unless(len(f.command) == 0 || filepath.IsAbs(f.command[0]), f.key,
+			"%q must begin with the absolute path of a program; it runs without a shell", strings.Join(f.command, " "))
+	}
+	for _, name := range s.EnvAllow {
+		p.unless(envPattern.MatchString(name), "seal.env_allow", "%q is not the name of a variable", name)
+	}
+}
+
 func (c *Config) validateRaft(p *problems) {
 	r := &c.Raft
 	p.number("raft.performance_multiplier", r.PerformanceMultiplier, 1, 10)
@@ -312,6 +338,10 @@ func (c *Config) Warnings() []string {
 			out = append(out, "http.allow_plain: tokens and secrets cross the network at "+c.HTTP.Listen+" in the clear")
 		}
 	}
+	if c.Seal.KeyFile == "" && len(c.Seal.Command) == 0 {
+		out = append(out, "seal: nothing is sealed: whoever can read data_dir or a saved snapshot reads the secrets in it; "+
+			"set seal.key_file (`rollcall tls seal-key` makes one) or seal.command")
+	}
 	if n := c.BootstrapExpect; n > 0 && n%2 == 0 {
 		out = append(out, fmt.Sprintf(
 			"bootstrap_expect = %d: an even number of voters survives no more losses than %d", n, n-1))
@@ -347,6 +377,8 @@ func (c *Config) Preflight() error {
 		{"gossip.key_file", c.Gossip.KeyFile, true},
 		{"http.tls_cert_file", c.HTTP.TLSCertFile, false},
 		{"http.tls_key_file", c.HTTP.TLSKeyFile, true},
+		{"seal.key_file", c.Seal.KeyFile, true},
+		{"seal.previous_key_file", c.Seal.PreviousKeyFile, true},
 	} {
 		if f.path != "" {
 			p.file(f.key, f.path, f.secret)

@@ -24,6 +24,7 @@ import (
 	"rollcall/node/reload"
 	"rollcall/node/replica"
 	"rollcall/node/router"
+	"rollcall/node/seal"
 	"rollcall/node/telemetry"
 	"rollcall/transport"
 )
@@ -52,6 +53,8 @@ type Options struct {
 	Disk replica.Disk
 	// Clock is the clock of serving leases. Default: the machine's, which goes on while it sleeps.
 	Clock func() time.Duration
+	// SealKeys stand in for the block seal.
+	SealKeys *seal.Keys
 	// NoSync leaves out fdatasync: for dev, demo and tests. Power loss then loses acknowledged writes.
 	NoSync bool
 	// Heartbeat overrides Raft's timers (default 500 ms times the multiplier), for tests.
@@ -75,6 +78,7 @@ type Node struct {
 	since time.Time
 
 	dir       *replica.Dir
+	keys      *seal.Keys // nil where nothing is sealed
 	creds     *transport.Credentials
 	discovery replica.Discovery
 	state     *fsm.FSM
@@ -132,6 +136,7 @@ func (n *Node) open() error {
 	}{
 		{"http port", n.bindHTTP},
 		{"data directory", n.openReplicaDir},
+		{"seal", n.openSeal},
 		{"supervisor", n.openLauncher},
 		{"leases", n.openLeases},
 		{"router", n.openRouter},

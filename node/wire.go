@@ -135,7 +135,7 @@ func (n *Node) openReplica() error {
 		Lease: n.cfg.Lease.TTL, Heartbeat: n.opt.Heartbeat, Multiplier: n.cfg.Raft.PerformanceMultiplier,
 		SnapshotThreshold: uint64(n.cfg.Raft.SnapshotThreshold), SnapshotInterval: cmp.Or(n.opt.SnapshotInterval, n.cfg.Raft.SnapshotInterval),
 		TrailingLogs: uint64(n.cfg.Raft.TrailingLogs), PromoteAfter: n.cfg.Autopilot.Stabilization,
-		RemoveDeadAfter: n.cfg.Autopilot.DeadServerThreshold, NoSync: n.opt.NoSync, Disk: n.opt.Disk, Now: n.opt.Clock,
+		RemoveDeadAfter: n.cfg.Autopilot.DeadServerThreshold, NoSync: n.opt.NoSync, Keys: n.keys, Disk: n.opt.Disk, Now: n.opt.Clock,
 		Logger: n.component("replica"), Metrics: n.reg,
 	})
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 
 func newTLS(e *client.Env) *cobra.Command {
 	cmd := &cobra.Command{Use: "tls", Short: "Make the certificates and keys of a cluster"}
-	cmd.AddCommand(newTLSCA(e), newTLSCert(e), newTLSAll(e))
+	cmd.AddCommand(newTLSCA(e), newTLSCert(e), newTLSAll(e), newTLSSealKey(e))
 	return cmd
 }
 
@@ -50,13 +50,23 @@ func certFlags(cmd *cobra.Command, o *tlscmd.CertOptions) {
 	f.BoolVar(&o.Force, "force", false, "replace what is there")
 }
 
+func newTLSSealKey(e *client.Env) *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use: "seal-key", Short: "Make the key that nodes seal their disks with", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error { return tlscmd.SealKey(e.Stdout, dir) },
+	}
+	cmd.Flags().StringVar(&dir, "dir", ".", "directory to write to")
+	return cmd
+}
+
 // newTLSAll makes everything a cluster needs in one go, and nothing that is there already: what compose runs at every
 // start.
 func newTLSAll(e *client.Env) *cobra.Command {
 	var o tlscmd.AllOptions
 	cmd := &cobra.Command{
 		Use: "all -nodes node-1,node-2,node-3", Args: cobra.NoArgs,
-		Short: "Make authority, gossip key, first token and every node's certificate, where they are missing",
+		Short: "Make authority, gossip key, seal key, first token and every node's certificate, where they are missing",
 		RunE: func(*cobra.Command, []string) error {
 			if len(o.Nodes) == 0 {
 				return client.Exit(client.ExitUsage, errors.New("-nodes names no node"))

@@ -46,6 +46,15 @@ http {
   idle_timeout  = "2m"
 }
 
+# What this node writes to its disk is sealed with data keys that this key locks. Without the block: nothing is.
+seal {
+  key_file          = "/etc/rollcall/seal.key" # example: rollcall tls seal-key
+  command           = []                       # example, in place of key_file: ["/usr/local/bin/seal-key", "rollcall"]
+  previous_key_file = ""                       # the key before it, when it is replaced, for one start
+  previous_command  = []                       # example
+  env_allow         = []                       # example: ["KMS_ENDPOINT"]
+}
+
 raft {
   performance_multiplier = 1
   snapshot_threshold     = 8192

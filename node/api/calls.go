@@ -198,6 +198,19 @@ func (c *Client) SealStatus(ctx context.Context) (*SealStatus, error) {
 	return out, c.bare(ctx, call{path: "sys/seal-status"}, out)
 }
 
+// RotateKeys begins a new term of data keys on every node.
+func (c *Client) RotateKeys(ctx context.Context) error {
+	_, err := c.data(ctx, call{method: http.MethodPut, path: "sys/rotate"}, nil)
+	return err
+}
+
+// KeyStatus tells the term of data keys, and how the asked node follows.
+func (c *Client) KeyStatus(ctx context.Context) (*KeyStatus, error) {
+	out := &KeyStatus{}
+	_, err := c.data(ctx, call{path: "sys/key-status"}, out)
+	return out, err
+}
+
 // Leader tells who leads, as the asked node knows it.
 func (c *Client) Leader(ctx context.Context) (*Leader, error) {
 	out := &Leader{}

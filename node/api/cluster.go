@@ -38,6 +38,23 @@ type SealStatus struct {
 	StorageType  string `json:"storage_type,omitempty"`
 }
 
+// KeyStatus is the data, and the top level, of sys/key-status: the term of data keys that the cluster is to have, and how
+// the asked node follows.
+type KeyStatus struct {
+	Term        uint64 `json:"term"`
+	InstallTime string `json:"install_time"` // RFC 3339
+	// Encryptions counts what the asked node has sealed since it started.
+	Encryptions uint64 `json:"encryptions"`
+	Node        string `json:"node"` // name
+	// NodeTerm is behind Term for the moment that the node takes to make its new key. NodeKeys is how many data keys its
+	// disk still needs.
+	NodeTerm uint64 `json:"node_term"`
+	NodeKeys int    `json:"node_keys"`
+	// SealType is file or command; SealKey names the key without giving it away.
+	SealType string `json:"seal_type"`
+	SealKey  string `json:"seal_key"`
+}
+
 // Leader is the body of sys/leader, without an envelope.
 type Leader struct {
 	HAEnabled                       bool   `json:"ha_enabled"`

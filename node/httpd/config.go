@@ -51,6 +51,8 @@ type Plugins interface {
 // Cluster tells and changes who is a member.
 type Cluster interface {
 	Status() api.ClusterStatus
+	// Seal tells how this node's disk is sealed; nil where it is not.
+	Seal() *api.KeyStatus
 	Members(ctx context.Context) ([]api.Member, error)
 	RemoveMember(ctx context.Context, id string) error
 	StepDown(ctx context.Context) error

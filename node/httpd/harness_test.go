@@ -344,6 +344,7 @@ type fakeCluster struct {
 	settled  []uint64
 	restored []byte
 	steps    int
+	seal     *api.KeyStatus
 }
 
 func (c *fakeCluster) Status() api.ClusterStatus {
@@ -383,6 +384,8 @@ func (c *fakeCluster) Settle(_ context.Context, index uint64) error {
 	c.settled = append(c.settled, index)
 	return nil
 }
+
+func (c *fakeCluster) Seal() *api.KeyStatus { return c.seal }
 
 func (c *fakeCluster) Backup(_ context.Context, out io.Writer) error {
 	return c.w.fsm.View().WriteSnapshot(out)

@@ -111,9 +111,12 @@ func (s *Server) health(q *request) (*reply, error) {
 }
 
 func (s *Server) sealStatus(*request) (*reply, error) {
-	st := s.Cluster.Status()
+	st, kind := s.Cluster.Status(), "none"
+	if sealed := s.Cluster.Seal(); sealed != nil {
+		kind = sealed.SealType
+	}
 	return &reply{bare: map[string]any{
-		"type": "none", "initialized": st.Initialized, "sealed": false, "t": 0, "n": 0,
+		"type": kind, "initialized": st.Initialized, "sealed": false, "t": 0, "n": 0,
 		"progress": 0, "nonce": "", "version": s.Version, "build_date": "", "migration": false,
 		"cluster_name": st.ClusterName, "cluster_id": st.ClusterID, "recovery_seal": false, "storage_type": "raft",
 	}}, nil

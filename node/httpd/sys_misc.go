@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
 )
 
 // miscRoutes answer for what the two servers have and rollcall has not, or has elsewhere: in words, instead of a 404 that
@@ -22,7 +23,7 @@ func (s *Server) miscRoutes() []*route {
 		noRuntimes = "container plugins are not supported, so there are no runtimes: register a binary with command and sha256"
 		auditFile  = "audit devices are enabled in each node's configuration file only: a path that the API could set would be a way to write files"
 		initDone   = "Vault is already initialized"
-		noSeal     = "a node cannot be sealed by a call: stop it, or take the key of its seal away and restart it"
+		noSeal     = "a node cannot be sealed by a call: there are no unseal keys that could open it again. Stop it; without its seal key it does not start"
 	)
 	runtimes := map[operation]handler{
 		opUpdate: refuse(noRuntimes), opDelete: refuse(noRuntimes),
@@ -69,7 +70,37 @@ func (s *Server) miscRoutes() []*route {
 			pattern: "sys/unseal", access: open, anyNode: true, ops: map[operation]handler{opUpdate: s.unseal},
 			summary: "Unseal this node: it never is sealed while it answers, and says so.",
 		},
+		{
+			pattern: "sys/rotate", access: withSudo, rootOnly: true, ops: map[operation]handler{opUpdate: s.rotate},
+			summary: "Have every node seal what it writes from now on with a new data key.",
+		},
+		{
+			pattern: "sys/key-status", rootOnly: true, anyNode: true, doubled: true, ops: map[operation]handler{opRead: s.keyStatus},
+			summary: "The term of data keys, and how the asked node follows.",
+		},
 	}
+}
+
+// errPlain answers what only a sealed node can do.
+func (s *Server) errPlain() error {
+	return fault.Text(fault.Invalid, "node %s seals nothing: there is no seal block in its configuration", s.NodeName)
+}
+
+// rotate enters a new term; each node makes its own key for it.
+func (s *Server) rotate(q *request) (*reply, error) {
+	if s.Cluster.Seal() == nil {
+		return nil, s.errPlain()
+	}
+	_, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_RotateKeys{RotateKeys: &commandv1.RotateKeys{}}})
+	return nil, err
+}
+
+func (s *Server) keyStatus(*request) (*reply, error) {
+	st := s.Cluster.Seal()
+	if st == nil {
+		return nil, s.errPlain()
+	}
+	return &reply{data: st}, nil
 }
 
 func (s *Server) listRuntimes(*request) (*reply, error) {

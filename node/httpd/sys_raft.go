@@ -117,7 +117,12 @@ func (s *Server) saveSnapshot(q *request) (*reply, error) {
 	if err != nil {
 		return nil, fault.As(fault.Internal, err, "write", "backup")
 	}
-	remove := func() { _, _ = file.Close(), os.Remove(file.Name()) }
+	// It has no name from here on: what a crash leaves of it, nobody finds.
+	if err := os.Remove(file.Name()); err != nil {
+		_ = file.Close()
+		return nil, fault.As(fault.Internal, err, "write", "backup")
+	}
+	remove := func() { _ = file.Close() }
 	sum := sha256.New()
 	if err := s.Cluster.Backup(q.ctx, io.MultiWriter(file, sum)); err != nil {
 		remove()
@@ -132,8 +137,12 @@ func (s *Server) saveSnapshot(q *request) (*reply, error) {
 		return nil, fault.As(fault.Internal, err, "write", "backup")
 	}
 	st := s.Cluster.Status()
+	sealedWith := "" // nothing
+	if sealed := s.Cluster.Seal(); sealed != nil {
+		sealedWith = sealed.SealKey
+	}
 	meta, err := json.Marshal(map[string]any{
-		"cluster_id": st.ClusterID, "cluster_name": st.ClusterName, "index": st.AppliedIndex,
+		"seal_key": sealedWith, "cluster_id": st.ClusterID, "cluster_name": st.ClusterName, "index": st.AppliedIndex,
 		"term": st.Term, "size": size, "format": "rollcall", "saved": time.Now().UTC().Format(time.RFC3339), "node": s.NodeName,
 	})
 	if err != nil {
@@ -180,7 +189,10 @@ func (s *Server) restoreSnapshot(q *request) (*reply, error) {
 	if err != nil {
 		return nil, fault.As(fault.Internal, err, "read", "backup")
 	}
-	defer func() { _, _ = file.Close(), os.Remove(file.Name()) }()
+	defer func() { _ = file.Close() }()
+	if err := os.Remove(file.Name()); err != nil {
+		return nil, fault.As(fault.Internal, err, "read", "backup")
+	}
 	if err := readArchive(io.LimitReader(q.http.Body, maxBackup), file); err != nil {
 		return nil, err
 	}

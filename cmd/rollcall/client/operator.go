@@ -20,7 +20,11 @@ func newOperator(e *Env) *cobra.Command {
 			func(cmd *cobra.Command, cl *api.Client) error { return cl.StepDown(cmd.Context()) }),
 		e.simple("leave", "Take the asked node out of the cluster and stop it", "leaving",
 			"Success! The node leaves the cluster and stops.",
-			func(cmd *cobra.Command, cl *api.Client) error { return cl.Leave(cmd.Context()) }))
+			func(cmd *cobra.Command, cl *api.Client) error { return cl.Leave(cmd.Context()) }),
+		e.simple("rotate", "Have every node seal its disk with a new data key", "rotating the data keys",
+			"Success! A new term of data keys has begun; rollcall operator key-status tells how a node follows.",
+			func(cmd *cobra.Command, cl *api.Client) error { return cl.RotateKeys(cmd.Context()) }),
+		newKeyStatus(e))
 	return c
 }
 
@@ -37,6 +41,31 @@ func (e *Env) simple(use, short, doing, done string, call func(*cobra.Command, *
 				return failed(doing, err)
 			}
 			e.say("%s", done)
+			return nil
+		},
+	}
+}
+
+func newKeyStatus(e *Env) *cobra.Command {
+	return &cobra.Command{
+		Use: "key-status", Short: "Show the term of data keys, and how the asked node follows", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cl, err := e.client()
+			if err != nil {
+				return err
+			}
+			st, err := cl.KeyStatus(cmd.Context())
+			if err != nil {
+				return failed("asking for the data keys", err)
+			}
+			if e.json() {
+				return e.printJSON(st)
+			}
+			e.keyValue([][2]string{
+				{"Key Term", fmt.Sprint(st.Term)}, {"Install Time", st.InstallTime}, {"Encryption Count", fmt.Sprint(st.Encryptions)},
+				{"Node", st.Node}, {"Node Key Term", fmt.Sprint(st.NodeTerm)}, {"Node Data Keys", fmt.Sprint(st.NodeKeys)},
+				{"Seal Type", st.SealType}, {"Seal Key", st.SealKey},
+			}...)
 			return nil
 		},
 	}

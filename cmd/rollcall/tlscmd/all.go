@@ -30,7 +30,7 @@ type AllOptions struct {
 	ShowToken bool
 }
 
-// All makes everything that a cluster needs in one directory: authority, gossip key, first token and a certificate for
+// All makes everything that a cluster needs in one directory: authority, gossip key, seal key, first token and a certificate for
 // each node. What is there stays, but for a certificate with less than a third of its life left, which is renewed. It
 // may be run at every start, and after it was interrupted anywhere.
 func All(w io.Writer, o AllOptions) error {
@@ -44,6 +44,11 @@ func All(w io.Writer, o AllOptions) error {
 	for _, name := range want {
 		hosts := append([]string{name}, o.Hosts...)
 		if err := Cert(w, CertOptions{Dir: o.Dir, Name: name, Hosts: hosts, Force: true}); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stat(filepath.Join(o.Dir, sealFile)); err != nil {
+		if err := SealKey(w, o.Dir); err != nil {
 			return err
 		}
 	}

@@ -41,7 +41,7 @@ func TestAllMakesWhatAClusterNeedsAndThenNothingMore(t *testing.T) {
 			mustRun(t, certs[0].VerifyHostname(host))
 		}
 	}
-	if len(first) != 8 || len(strings.TrimSpace(first[tokenFile])) < 20 {
+	if len(first) != 9 || len(strings.TrimSpace(first[tokenFile])) < 20 {
 		t.Errorf("files: %v", first)
 	}
 	if strings.Contains(out.String(), strings.TrimSpace(first[tokenFile])) {
@@ -62,7 +62,7 @@ func TestAllMakesWhatAClusterNeedsAndThenNothingMore(t *testing.T) {
 
 // Every way in which the first run may have been cut off: some of the files, in the order in which they are written.
 func TestAllEndsWellAfterAnInterruptedRun(t *testing.T) {
-	order := []string{gossipFile, caFile, caKeyFile, "node-1-key.pem", "node-1.pem", tokenFile}
+	order := []string{gossipFile, caFile, caKeyFile, "node-1-key.pem", "node-1.pem", sealFile, tokenFile}
 	for n := range len(order) + 1 {
 		dir := t.TempDir()
 		o := AllOptions{Dir: dir, Nodes: []string{"node-1"}, Token: "t"}

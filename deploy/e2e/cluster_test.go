@@ -208,6 +208,7 @@ func (s *server) configure(founder bool) {
 			"cert_file": c.path("tls", s.name+".pem"), "key_file": c.path("tls", s.name+"-key.pem"),
 		},
 		"gossip": map[string]any{"listen": s.gossip, "key_file": c.path("tls", "gossip.key")},
+		"seal":   map[string]any{"key_file": c.path("tls", "seal.key")},
 		"http":   map[string]any{"listen": s.http},
 	}
 	if c.net != nil {

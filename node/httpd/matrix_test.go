@@ -33,7 +33,7 @@ var sudoRoutes = []string{
 	"sys/leases/revoke-force/{prefix...}", "sys/leases/revoke-prefix/{prefix...}", "sys/leases/tidy", "sys/leave",
 	"sys/namespaces/{path...}", "sys/plugins/catalog/{type}", "sys/plugins/catalog/{type}/{name}", "sys/plugins/runtimes/catalog",
 	"sys/plugins/runtimes/catalog/{type}/{name}", "sys/remount", "sys/revoke-force/{prefix...}", "sys/revoke-prefix/{prefix...}",
-	"sys/rotate", "sys/seal", "sys/step-down", "sys/storage/raft/remove-peer", "sys/storage/raft/snapshot", "sys/storage/raft/snapshot-force",
+	"sys/rotate", "sys/rotate/keyring", "sys/seal", "sys/step-down", "sys/storage/raft/remove-peer", "sys/storage/raft/snapshot", "sys/storage/raft/snapshot-force",
 }
 
 // sample is a path that a pattern matches.

@@ -25,7 +25,7 @@ func TestSealPathsSayWhatIsSealedHere(t *testing.T) {
 		{"GET", "sys/seal-status", "", 200, `"type":"file"`},
 		{"PUT", "sys/unseal", `{"reset":true}`, 200, `"sealed":false`},
 		{"PUT", "sys/rotate", "", 204, ""},
-		{"POST", "sys/rotate", "", 204, ""},
+		{"POST", "sys/rotate/keyring", "", 204, ""},
 		{"PUT", "sys/seal", "", 400, "cannot be sealed by a call"},
 	})
 	if term, _ := w.fsm.View().KeyTerm(); term != 3 {

@@ -75,6 +75,10 @@ func (s *Server) miscRoutes() []*route {
 			summary: "Have every node seal what it writes from now on with a new data key.",
 		},
 		{
+			pattern: "sys/rotate/keyring", access: withSudo, rootOnly: true, ops: map[operation]handler{opUpdate: s.rotate},
+			summary: "As rotate, in OpenBao's newer spelling.",
+		},
+		{
 			pattern: "sys/key-status", rootOnly: true, anyNode: true, doubled: true, ops: map[operation]handler{opRead: s.keyStatus},
 			summary: "The term of data keys, and how the asked node follows.",
 		},

@@ -409,8 +409,10 @@ func TestAKeyComesFromAFileOrFromACommand(t *testing.T) {
 	for name, s := range map[string]Source{
 		"file":    {File: file},
 		"command": {Command: []string{"cat", file}},
-		"environment": {Command: []string{"sh", "-c", `test "$SEAL_TEST_SEEN" = yes && test -z "$SEAL_TEST_HIDDEN" && exec cat "$0"`, file},
-			Env: []string{"SEAL_TEST_SEEN", "SEAL_TEST_NOT_SET"}},
+		"environment": {
+			Command: []string{"sh", "-c", `test "$SEAL_TEST_SEEN" = yes && test -z "$SEAL_TEST_HIDDEN" && exec cat "$0"`, file},
+			Env:     []string{"SEAL_TEST_SEEN", "SEAL_TEST_NOT_SET"},
+		},
 	} {
 		if k, err := s.Load(t.Context()); err != nil || k.ID() != want.ID() {
 			t.Errorf("%s: %v", name, err)

@@ -62,9 +62,14 @@ func newKeyStatus(e *Env) *cobra.Command {
 				return e.printJSON(st)
 			}
 			e.keyValue([][2]string{
-				{"Key Term", fmt.Sprint(st.Term)}, {"Install Time", st.InstallTime}, {"Encryption Count", fmt.Sprint(st.Encryptions)},
-				{"Node", st.Node}, {"Node Key Term", fmt.Sprint(st.NodeTerm)}, {"Node Data Keys", fmt.Sprint(st.NodeKeys)},
-				{"Seal Type", st.SealType}, {"Seal Key", st.SealKey},
+				{"Key Term", fmt.Sprint(st.Term)},
+				{"Install Time", st.InstallTime},
+				{"Encryption Count", fmt.Sprint(st.Encryptions)},
+				{"Node", st.Node},
+				{"Node Key Term", fmt.Sprint(st.NodeTerm)},
+				{"Node Data Keys", fmt.Sprint(st.NodeKeys)},
+				{"Seal Type", st.SealType},
+				{"Seal Key", st.SealKey},
 			}...)
 			return nil
 		},

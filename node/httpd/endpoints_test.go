@@ -89,8 +89,9 @@ var contract = []struct {
 		{ops: reads, path: "sys/metrics"},
 		{ops: lists, path: "sys/version-history"},
 		{ops: reads, path: "sys/internal/specs/openapi", note: "generated from the route table"},
-		{ops: reads, path: "sys/key-status", why: "keys are each node's own, and no call tells of them"},
-		{ops: writes, path: "sys/rotate", why: "keys are each node's own, and rotate by its configuration"},
+		{ops: reads, path: "sys/key-status"},
+		{ops: writes, path: "sys/rotate"},
+		{ops: writes, path: "sys/rotate/keyring", note: "as rotate, in the newer spelling of one of the two"},
 	}},
 	{"Namespaces (5.3)", []endpoint{
 		{ops: lists, path: "sys/namespaces"},

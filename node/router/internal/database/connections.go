@@ -81,7 +81,7 @@ func (e *Engine) writeConfig(ctx context.Context, c *call) (*pluginpb.Response, 
 	}
 	stored, err := e.host.Try(ctx, spec, details, config.Verify)
 	if err != nil {
-		return nil, triedError(err, config.Verify)
+		return nil, triedError(err)
 	}
 	if stored != nil && len(stored.GetFields()) > 0 {
 		config.Details = stored.AsMap()
@@ -100,14 +100,11 @@ func (e *Engine) writeConfig(ctx context.Context, c *call) (*pluginpb.Response, 
 }
 
 // triedError is a failed trial in words that say what to do. The database is not ours, so it is the client's to fix.
-func triedError(err error, verify bool) error {
+func triedError(err error) error {
 	if kind := fault.KindOf(err); kind == fault.Unavailable || kind == fault.Canceled || kind == fault.Exhausted {
 		return err
 	}
 	text := "error creating database object: "
-	if verify {
-		text = "error creating database object: error verifying connection: "
-	}
 	var inner *fault.Error
 	if errors.As(err, &inner) && inner.Kind == fault.Refused {
 		text = "the plugin could not be started: "

@@ -9,7 +9,7 @@ import (
 
 // A connection of a database mount is a mount of its own that no path leads to. So everything that is said of a mount holds
 // for it: what it is to run, by node and generation, what it ran before, who may write its storage, and what a reload does
-// to it. See DESIGN section 9.
+// to it. See DESIGN section 5.
 
 // ConnectionConfig is the key in a connection's storage that holds its config.
 const ConnectionConfig = "config"

@@ -258,8 +258,12 @@ func drawCommand(t *rapid.T, v *View, i int, term uint64) *commandv1.Command {
 		c.Body = &commandv1.Command_InitCluster{InitCluster: NewCluster("c1", "x", "t")}
 		return c
 	}
-	if i < 8 {
+	if i < 11 {
 		setUp(c, i)
+		return c
+	}
+	if num("connections", 0, 7) == 0 {
+		drawConnection(t, c, v, term)
 		return c
 	}
 	node := pick("node", someNodes)
@@ -314,6 +318,15 @@ func setUp(c *commandv1.Command, i int) {
 		c.Body = register("v1.0.0")
 	case i == 5:
 		c.Body = register("v2.0.0")
+	case i == 8 || i == 9:
+		version := fmt.Sprintf("v%d.0.0", i-7)
+		c.Body = &commandv1.Command_RegisterPlugin{RegisterPlugin: &commandv1.RegisterPlugin{Spec: &commandv1.Spec{
+			Type: typeDatabase, Name: "kv", Version: version, Command: "db", Sha256: sum("db" + version),
+		}}}
+	case i == 10:
+		c.Body = &commandv1.Command_EnableMount{EnableMount: &commandv1.EnableMount{
+			Uuid: "ud/", Accessor: "xd", Table: typeSecret, Path: "d/", Type: typeDatabase, PluginType: typeDatabase,
+		}}
 	default:
 		c.Body = enable(somePaths[i-6])
 	}
@@ -375,6 +388,34 @@ func drawRare(t *rapid.T, c *commandv1.Command, v *View, k int, node string, inc
 	}
 }
 
+// drawConnection makes, changes, ends or takes over a connection of the database mount.
+func drawConnection(t *rapid.T, c *commandv1.Command, v *View, term uint64) {
+	m, name := v.Mount("ud/"), rapid.SampledFrom([]string{"x", "y"}).Draw(t, "connection")
+	node := rapid.SampledFrom(someNodes).Draw(t, "writer")
+	takeOver := func(m *commandv1.Mount) {
+		c.Body = &commandv1.Command_TakeOver{TakeOver: &commandv1.TakeOver{
+			MountUuid: m.GetUuid(), NodeId: node, Term: term, Generation: v.Wanted(m, node).GetGeneration(),
+		}}
+	}
+	switch k := rapid.IntRange(0, 9).Draw(t, "to it"); {
+	case m.GetEpochTerm() != term || k == 0:
+		takeOver(m)
+	case k < 6:
+		c.Body = &commandv1.Command_PutConnection{PutConnection: &commandv1.PutConnection{
+			MountUuid: "ud/", Epoch: m.GetEpoch(), Term: term, Name: name, Uuid: fmt.Sprintf("u%s%d", name, v.Index()),
+			PluginName: "kv", PluginVersion: rapid.SampledFrom(someVersions).Draw(t, "version"), Config: []byte("{}"),
+		}}
+	case k < 7:
+		c.Body = &commandv1.Command_DeleteConnection{DeleteConnection: &commandv1.DeleteConnection{
+			MountUuid: "ud/", Epoch: m.GetEpoch(), Term: term, Name: name,
+		}}
+	case k < 8:
+		c.Body = &commandv1.Command_MarkLeaderOnly{MarkLeaderOnly: &commandv1.MarkLeaderOnly{MountUuid: "ua/"}}
+	default:
+		takeOver(v.Connection("ud/", name))
+	}
+}
+
 func drawStart(t *rapid.T) *commandv1.StartReload {
 	num := func(label string, lo, hi int) int { return rapid.IntRange(lo, hi).Draw(t, label) }
 	s := &commandv1.StartReload{
@@ -389,7 +430,7 @@ func drawStart(t *rapid.T) *commandv1.StartReload {
 	if num("by plugin", 0, 1) == 0 {
 		s.Selector.Plugin = "kv"
 	} else {
-		s.Selector.Mounts = rapid.SliceOfN(rapid.SampledFrom(somePaths), 1, 3).Draw(t, "mounts")
+		s.Selector.Mounts = rapid.SliceOfN(rapid.SampledFrom(append([]string{"d/", "d/config/x"}, somePaths...)), 1, 3).Draw(t, "mounts")
 	}
 	if !s.GetToPrevious() && num("with version", 0, 2) == 0 {
 		s.Options.Version = rapid.SampledFrom(someVersions).Draw(t, "version")

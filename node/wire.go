@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"path/filepath"
 	"time"
 
@@ -186,7 +187,7 @@ func (n *Node) openHTTP() error {
 	n.door, err = httpd.New(httpd.Config{
 		NodeID: n.dir.NodeID, NodeName: n.cfg.Name, Version: APIVersion, Started: n.since, State: n.state, Replica: n.replica,
 		Router: pluginRoutes{n.router}, Plugins: &inventory{n}, Cluster: &cluster{n}, Leases: leases{n.leases},
-		Policies: policy.NewEngine(), Audit: auditor, Gatherer: gatherer, Registerer: n.reg, Logger: n.component("http"),
+		Policies: policy.NewEngine(), Audit: auditor, Names: n.names(), Gatherer: gatherer, Registerer: n.reg, Logger: n.component("http"),
 	})
 	if err != nil {
 		return err
@@ -198,6 +199,20 @@ func (n *Node) openHTTP() error {
 	}
 	n.http.RegisterOnShutdown(n.door.EndStreams)
 	return nil
+}
+
+// names are those that a browser may call this node by, where only this machine can reach it: any other name that leads here was
+// made to.
+func (n *Node) names() []string {
+	host, _, err := net.SplitHostPort(n.listener.Addr().String())
+	if err != nil || !loopback(host) {
+		return nil
+	}
+	names := []string{"localhost", n.cfg.Name}
+	if u, err := url.Parse(n.APIAddress()); err == nil {
+		names = append(names, u.Hostname())
+	}
+	return names
 }
 
 // bindHTTP opens the API's port. It comes early in New, so that a taken port is an error and not a surprise.

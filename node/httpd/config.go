@@ -86,6 +86,8 @@ type Config struct {
 	Policies *policy.Engine
 	// Audit takes a record of each request and of each answer. nil: none are written.
 	Audit Auditor
+	// Names are those that browsers may call this node by, besides addresses. nil: any.
+	Names []string
 	// Gatherer feeds sys/metrics. nil: sys/metrics says that it is not enabled.
 	Gatherer   prometheus.Gatherer
 	Registerer prometheus.Registerer

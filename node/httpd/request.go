@@ -98,9 +98,6 @@ func operationOf(r *http.Request) (operation, error) {
 	}
 }
 
-// maxDepth bounds the nesting of a JSON body, against bodies that cost more to read than to send.
-const maxDepth = 64
-
 // readBody returns the request's body as a JSON object: "{}" when it is empty, and the query's values for methods
 // without a body. It refuses what is not an object, is nested deeper than maxDepth, or is larger than limit bytes.
 func readBody(w http.ResponseWriter, r *http.Request, op operation, limit int64) (json.RawMessage, error) {
@@ -139,38 +136,6 @@ func readBody(w http.ResponseWriter, r *http.Request, op operation, limit int64)
 
 func formEncoded(r *http.Request) bool {
 	return strings.HasPrefix(r.Header.Get("Content-Type"), "application/x-www-form-urlencoded")
-}
-
-// checkJSON refuses deep nesting before the parser recurses, then anything that is not one JSON value.
-func checkJSON(raw []byte) error {
-	depth, inString, escaped := 0, false, false
-	for _, c := range raw {
-		switch {
-		case escaped:
-			escaped = false
-		case inString:
-			switch c {
-			case '\\':
-				escaped = true
-			case '"':
-				inString = false
-			}
-		case c == '"':
-			inString = true
-		case c == '{' || c == '[':
-			if depth++; depth > maxDepth {
-				return fault.Text(fault.Invalid, "failed to parse JSON input: nested deeper than %d levels", maxDepth)
-			}
-		case c == '}' || c == ']':
-			depth--
-		}
-	}
-	if !json.Valid(raw) {
-		var v json.RawMessage
-		err := json.Unmarshal(raw, &v)
-		return fault.Text(fault.Invalid, "failed to parse JSON input: %v", err)
-	}
-	return nil
 }
 
 // queryObject makes the request data of a call without a body: strings, and lists for repeated keys.

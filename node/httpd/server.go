@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"path"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -37,6 +38,8 @@ type Server struct {
 	inFlight prometheus.Gauge
 	answers  *prometheus.HistogramVec
 	streams  streams
+	now      atomic.Int64 // requests that are being answered
+	origins  *http.CrossOriginProtection
 }
 
 // New makes the door. It starts nothing; the caller serves Handler.
@@ -44,7 +47,7 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
-	s := &Server{Config: cfg, log: cfg.Logger}
+	s := &Server{Config: cfg, log: cfg.Logger, origins: http.NewCrossOriginProtection()}
 	s.routes = newTable(s.table())
 	s.inFlight = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "rollcall_http_requests_in_flight", Help: "Requests that this node is answering.",
@@ -111,6 +114,15 @@ func (s *Server) answer(rec *recorder, r *http.Request, id string) (door string)
 	if isSys(r) {
 		door = "sys"
 	}
+	if err := s.fromHere(r); err != nil {
+		s.fail(rec, r, id, err)
+		return door
+	}
+	if !s.enter() {
+		s.fail(rec, r, id, errBusy)
+		return door
+	}
+	defer s.now.Add(-1)
 	s.dispatch(rec, r, id)
 	return door
 }

@@ -3,6 +3,7 @@ package httpd
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -120,9 +121,9 @@ func TestNoSpellingLeadsOutOfADirectoryOrATable(t *testing.T) {
 			}
 		}
 		for path, body := range map[string]string{
-			"sys/plugins/catalog/secret/x": `{"sha256":"` + strings.Repeat("ab", 32) + `","command":%q}`,
-			"sys/mounts/y":                 `{"type":%q}`,
-			"sys/remount":                  `{"from":"kv","to":%q}`,
+			"sys/plugins/catalog/secret/x": `{"sha256":"` + strings.Repeat("ab", 32) + `","command":%s}`,
+			"sys/mounts/y":                 `{"type":%s}`,
+			"sys/remount":                  `{"from":"kv","to":%s}`,
 		} {
 			if slices.Contains(map[string][]string{ // a file may be called so, or a mount
 				"sys/plugins/catalog/secret/x": {"~root", ".", "%2e%2e/x", "a/./b", "a//b", "\u202ea"},
@@ -130,8 +131,15 @@ func TestNoSpellingLeadsOutOfADirectoryOrATable(t *testing.T) {
 			}[path], name) {
 				continue
 			}
-			a := w.call("PUT", path, fmt.Sprintf(body, name))
+			quoted, err := json.Marshal(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			a := w.call("PUT", path, fmt.Sprintf(body, quoted))
 			calls++
+			if path == "sys/remount" && strings.Contains(a.text, "no matching mount") {
+				t.Errorf("%.60q: something moved kv/ away, so nothing is tried", name)
+			}
 			if a.status != http.StatusBadRequest {
 				t.Errorf("PUT %s with %.60q: %d %s", path, name, a.status, a.text)
 			}

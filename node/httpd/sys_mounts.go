@@ -316,6 +316,9 @@ func (t mountTable) readEnable(q *request) (m *commandv1.Mount, version string, 
 	if err := checkConfig(config); err != nil {
 		return nil, "", err
 	}
+	if err := oneReading(q.params["path"]); err != nil {
+		return nil, "", err
+	}
 	m.Uuid = uuid.NewString()
 	m.Accessor = accessor(table, m.Type)
 	return m, version, nil
@@ -481,6 +484,15 @@ func mountOf(p string) (table, path string) {
 	return "secret", p
 }
 
+// oneReading refuses a path for a mount that something in front of this server, or behind it, takes for another one: a backslash
+// is a slash to some. (The state, which must read old logs as ever, has no such rule.)
+func oneReading(path string) error {
+	if strings.Contains(path, `\`) {
+		return fault.Text(fault.Invalid, "cannot mount %q: a backslash is a slash to some, so it stands in no path", path)
+	}
+	return nil
+}
+
 func (s *Server) remount(q *request) (*reply, error) {
 	from, to := q.body.str("from"), q.body.str("to")
 	if q.body.err != nil || from == "" || to == "" {
@@ -489,6 +501,9 @@ func (s *Server) remount(q *request) (*reply, error) {
 	cmd := &commandv1.MoveMount{Namespace: q.ns, ToNamespace: q.ns}
 	cmd.Table, cmd.Path = mountOf(from)
 	cmd.ToTable, cmd.ToPath = mountOf(to)
+	if err := oneReading(to); err != nil {
+		return nil, err
+	}
 	_, err := s.propose(q, &commandv1.Command{Body: &commandv1.Command_MoveMount{MoveMount: cmd}})
 	if err != nil {
 		return nil, err

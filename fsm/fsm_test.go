@@ -316,3 +316,19 @@ func TestOversizedAndMalformedCommandsAreRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestEveryReportOfABatchCountsWhateverComesBeforeIt(t *testing.T) {
+	w := newWorld(t)
+	w.play("init\nhello n1\nregister kv v1.0.0\nenable kv/\nreload r1 plugin=kv")
+	prepared := func(reload, node string, incarnation uint64) *commandv1.Report {
+		return &commandv1.Report{ReloadId: reload, NodeId: node, Incarnation: incarnation, Mounts: []*commandv1.MountReport{{
+			MountUuid: "uuid-of-kv/", Stage: commandv1.MountReport_STAGE_PREPARED,
+		}}}
+	}
+	w.apply(&commandv1.Command{Body: &commandv1.Command_ReportBatch{ReportBatch: &commandv1.ReportBatch{Reports: []*commandv1.Report{
+		prepared("forgotten", "n1", 1), prepared("r1", "nobody", 1), prepared("r1", "n1", 7), nil, prepared("r1", "n1", 1),
+	}}}})
+	if r := w.f.View().Reload("r1"); r.GetPhase() != commandv1.Phase_PHASE_COMMITTED {
+		t.Fatalf("the last report of the batch was the missing vote, and the reload is %s", r.GetPhase())
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -305,13 +306,20 @@ func TestACutOffLeaderAnswersNoConsistentReadAndNoProposal(t *testing.T) {
 	ready(t, all...)
 	lead := c.leader()
 	c.net.Isolate(lead.host)
-	if _, err := lead.ReadIndex(timeout(t, time.Second)); err == nil {
-		t.Error("a cut-off leader answered a consistent read")
-	}
-	_, err := lead.write(timeout(t, time.Second), "lost")
-	if k := fault.KindOf(err); err == nil || k != fault.Unavailable && k != fault.OutcomeUnknown {
-		t.Errorf("a cut-off leader answered a proposal with %v", err)
-	}
+	// Both at once, and at once: after half a heartbeat Raft itself knows that it no longer leads.
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := lead.ReadIndex(timeout(t, time.Second)); err == nil {
+			t.Error("a cut-off leader answered a consistent read")
+		}
+	})
+	wg.Go(func() {
+		_, err := lead.write(timeout(t, time.Second), "lost")
+		if k := fault.KindOf(err); err == nil || k != fault.Unavailable && k != fault.OutcomeUnknown {
+			t.Errorf("a cut-off leader answered a proposal with %v", err)
+		}
+	})
+	wg.Wait()
 	c.net.Rejoin(lead.host)
 	c.leader()
 }
@@ -588,7 +596,10 @@ func TestALeaderWithAHungDiskIsReplacedAndComesBack(t *testing.T) {
 	began := time.Now()
 	next := c.leader(rest...)
 	rest[0].mustWrite("meanwhile")
-	t.Logf("another leader %v after the disk hung", time.Since(began))
+	took := time.Since(began)
+	if t.Logf("another leader %v after the disk hung", took); took > 15*time.Second {
+		t.Errorf("another leader only %v after the disk hung", took)
+	}
 	if lead.Role().Leader {
 		t.Error("the node with the hung disk still calls itself leader")
 	}

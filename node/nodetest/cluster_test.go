@@ -138,9 +138,12 @@ func TestNothingIsLeftBehindWhenAClusterStops(t *testing.T) {
 	c := Start(t, 3, nil)
 	c.Register("demo", "v1.0.0")
 	c.Enable("demo", "demo", "v1.0.0")
-	if got := c.PluginProcesses(); len(got) != 3 {
-		t.Fatalf("%d plugin processes run, want 3: %q", len(got), got)
-	}
+	c.Eventually(10*time.Second, "a plugin process a node", func() error {
+		if got := c.PluginProcesses(); len(got) != 3 {
+			return fmt.Errorf("%d plugin processes run, want 3: %q", len(got), got)
+		}
+		return nil
+	})
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	if err := c.Stop(ctx); err != nil {

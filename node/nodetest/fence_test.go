@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -21,11 +22,22 @@ func startOn(t *testing.T, nodes int) (*Cluster, *transport.MemNetwork) {
 	t.Helper()
 	mem := transport.NewMemNetwork()
 	c := Start(t, nodes, func(_ int, cfg *node.Config, opt *node.Options) {
-		opt.Network = mem.Host(cfg.Name)
+		opt.Network = apiOnLoopback{mem.Host(cfg.Name)}
 		cfg.Cluster.Listen = cfg.Name + ":7001"
 		cfg.Lease.TTL = 3 * time.Second
 	})
 	return c, mem
+}
+
+// apiOnLoopback is a host of a network in memory whose API port is the operating system's.
+type apiOnLoopback struct{ transport.Network }
+
+// Listen binds what is on loopback on the real one.
+func (n apiOnLoopback) Listen(addr string) (net.Listener, error) {
+	if strings.HasPrefix(addr, "127.0.0.1:") {
+		return transport.TCP().Listen(addr)
+	}
+	return n.Network.Listen(addr)
 }
 
 // answer is what one GET of a plugin path gave.

@@ -1,5 +1,5 @@
 // Package nodetest runs whole clusters in one process for tests: the real nodes over loopback, with real plugin
-// processes that are copies of the test binary.
+// processes.
 package nodetest
 
 import (
@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -21,19 +22,31 @@ import (
 	"rollcall/node/api"
 	"rollcall/node/nodetest/check"
 	"rollcall/node/telemetry"
-	"rollcall/proto/plugin/demoplugin"
 )
 
-// pluginArg makes the test binary a plugin.
+// pluginArg is the first argument of every plugin process of a test.
 const pluginArg = "nodetest-plugin"
 
 // PluginCommand is the file name of the test plugin in a cluster's plugin directory.
 const PluginCommand = "test-plugin"
 
-// Main is what TestMain calls: it turns the process into a plugin when a node started it as one.
+// pluginProgram is the built test plugin.
+var pluginProgram string
+
+// Main is what TestMain calls: it builds the plugin that the clusters run.
 func Main(m *testing.M) int {
-	if len(os.Args) > 1 && os.Args[1] == pluginArg {
-		return demoplugin.Main(os.Args[2:], os.Stderr)
+	dir, err := os.MkdirTemp("", "rollcall-testplugin-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	pluginProgram = filepath.Join(dir, PluginCommand)
+	// Without the race detector, whose processes start slowly, and once for all clusters.
+	build := exec.Command("go", "build", "-ldflags=-s -w", "-o", pluginProgram, "rollcall/node/nodetest/testplugin")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build the test plugin: %v\n%s", err, out)
+		return 1
 	}
 	return m.Run()
 }
@@ -125,11 +138,7 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 
 func installPlugin(t testing.TB, dir string) string {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := os.ReadFile(self)
+	raw, err := os.ReadFile(pluginProgram)
 	if err != nil {
 		t.Fatal(err)
 	}

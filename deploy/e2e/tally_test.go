@@ -60,7 +60,7 @@ func (t *tally) String() string {
 		faults += k.done
 		fmt.Fprintf(&b, "| %s | %d | %d | %.1f s |\n", name, k.done, k.leader, k.slowest.Seconds())
 	}
-	ops := t.load.acked + t.load.reads + t.load.conflicts
+	ops := t.load.answers()
 	fmt.Fprintf(&b, "\n| | |\n|---|---|\n")
 	row := func(name, format string, args ...any) {
 		fmt.Fprintf(&b, "| %s | %s |\n", name, fmt.Sprintf(format, args...))

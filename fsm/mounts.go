@@ -277,10 +277,18 @@ func (e *entry) tunedVersion(m *commandv1.Mount, asked string) (string, error) {
 	return spec.GetVersion(), err
 }
 
+// shown is a mount's path as clients say it.
+func shown(table, path string) string {
+	if table == typeAuth {
+		return "auth/" + path
+	}
+	return path
+}
+
 func (e *entry) moveMount(c *commandv1.MoveMount) error {
 	m := e.mountAt(c.GetNamespace(), c.GetTable(), c.GetPath())
 	if m == nil {
-		return invalid("no matching mount at %q", trim(c.GetPath(), maxName))
+		return invalid("no matching mount at %q", trim(shown(c.GetTable(), c.GetPath()), maxName))
 	}
 	to := c.GetToTable()
 	if to == "" {
@@ -290,7 +298,7 @@ func (e *entry) moveMount(c *commandv1.MoveMount) error {
 		return invalid("cannot move a mount between secret engines and auth methods")
 	}
 	if id := get(&e.paths, key(c.GetToNamespace(), to, c.GetToPath())); id != "" {
-		return invalid("path already in use at %q", c.GetToPath())
+		return invalid("path already in use at %q", shown(to, c.GetToPath()))
 	}
 	if err := e.checkPath(c.GetToNamespace(), to, c.GetToPath(), m.GetUuid()); err != nil {
 		return err

@@ -250,7 +250,7 @@ func (e *entry) selectMounts(c *commandv1.StartReload) ([]*commandv1.Mount, erro
 		for _, path := range sel.GetMounts() {
 			switch m := e.mountNamed(c.GetNamespace(), path); {
 			case m == nil:
-				missing = append(missing, fmt.Sprintf("cannot fetch mount entry on %q", trim(path, maxName)))
+				missing = append(missing, fmt.Sprintf("cannot fetch mount entry on %q", trim(strings.TrimSuffix(path, "/")+"/", maxName)))
 			case isDatabase(m): // what runs there are its connections
 				out = append(out, e.connectionsOf(m.GetUuid())...)
 			default:

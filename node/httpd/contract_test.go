@@ -589,3 +589,58 @@ func TestReloadsAnswerAsTheContractSays(t *testing.T) {
 		want(t, 202, "no plugins were reloaded locally (but they may be reloaded on other nodes)")
 	w.call("POST", "sys/plugins/reload/unknown/idle", `{}`).want(t, 200, "no plugins were reloaded")
 }
+
+// TestATuneChangesOnlyWhatItNames holds what the libraries send: every field of their input, most of them empty.
+func TestATuneChangesOnlyWhatItNames(t *testing.T) {
+	w := newWorld(t)
+	w.call("PUT", "sys/plugins/catalog/secret/kv", reg("")).want(t, 204)
+	w.mount("", "auth/jwt/")
+	w.call("POST", "sys/mounts/kv", `{"type":"kv","options":{"a":"b"},"config":{"default_lease_ttl":"30m","max_lease_ttl":"1h"}}`).want(t, 204)
+	const empty = `"options":null,"default_lease_ttl":"","max_lease_ttl":"","force_no_cache":false`
+	w.rows(t, []row{
+		{"POST", "sys/mounts/kv/tune", `{"description":"d",` + empty + `}`, 204, ""},
+		{"GET", "sys/mounts/kv/tune", "", 200, `"default_lease_ttl":1800`},
+		{"GET", "sys/mounts/kv", "", 200, `"options":{"a":"b"}`},
+		{"POST", "sys/mounts/kv/tune", `{"options":{"c":"d","a":""},"default_lease_ttl":"system"}`, 204, ""},
+		{"GET", "sys/mounts/kv", "", 200, `"options":{"c":"d"}`},
+		{"GET", "sys/mounts/kv", "", 200, `"default_lease_ttl":0,"force_no_cache":false,"max_lease_ttl":3600`},
+		{"POST", "sys/mounts/kv/tune", `{"options":{}}`, 204, ""},
+		{"GET", "sys/mounts/kv", "", 200, `"options":{"c":"d"}`},
+		{"POST", "sys/mounts/kv/tune", `{"options":{"version":"3"}}`, 400, "invalid version provided: 3"},
+		{"POST", "sys/mounts/kv/tune", `{"options":{"version":"1"}}`, 204, ""},
+		{"POST", "sys/mounts/kv/tune", `{"token_type":"service"}`, 400, "'token_type' can only be modified on auth mounts"},
+		{"POST", "sys/auth/jwt/tune", `{"token_type":"service"}`, 204, ""},
+	})
+}
+
+// TestAnEngineLearnsThatItsDataShallHaveANewerFormat is `kv enable-versioning`: the option alone would be read by the
+// next process, whenever that starts.
+func TestAnEngineLearnsThatItsDataShallHaveANewerFormat(t *testing.T) {
+	w := newWorld(t)
+	w.mount("", "kv/")
+	done := make(chan *answer)
+	go func() { done <- w.call("POST", "sys/mounts/kv/tune", `{"options":{"version":"2"}}`) }()
+	var id string
+	for id == "" {
+		if l := w.fsm.View().Reloads(); len(l) == 1 {
+			id = l[0].GetId()
+		}
+	}
+	w.call("PUT", "sys/reloads/"+id+"/abort", `{"why":"enough"}`).want(t, 200)
+	(<-done).want(t, 200, "Upgrading the data of kv/", "the option is set, but")
+	w.rows(t, []row{
+		{"GET", "sys/mounts/kv", "", 200, `"options":{"version":"2"}`},
+		{"POST", "sys/mounts/kv/tune", `{"options":{"version":2}}`, 204, ""},
+		{"POST", "sys/mounts/kv/tune", `{"options":{"version":"1"}}`, 400, "cannot downgrade mount from version 2"},
+	})
+}
+
+func TestATextNamesAMountAsItsCallerDoes(t *testing.T) {
+	w := newWorld(t)
+	w.mount("", "auth/jwt/")
+	w.rows(t, []row{
+		{"POST", "sys/remount", `{"from":"auth/nah","to":"auth/x"}`, 400, `no matching mount at \"auth/nah/\"`},
+		{"POST", "sys/remount", `{"from":"auth/jwt","to":"auth/jwt"}`, 400, `path already in use at \"auth/jwt/\"`},
+		{"PUT", "sys/plugins/reload/backend", `{"mounts":["nah"]}`, 400, `cannot fetch mount entry on \"nah/\"`},
+	})
+}

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 
 	commandv1 "rollcall/proto/command/v1"
 
+	"rollcall/fsm"
 	"rollcall/node/api"
 	"rollcall/node/fault"
 	"rollcall/node/policy"
@@ -437,12 +439,19 @@ func TTLs(m *commandv1.Mount) (def, most time.Duration) {
 	return min(def, most), most
 }
 
+// tune changes what the body names. The libraries send fields that their caller left empty: an empty TTL, and options
+// without a key, change nothing.
 func (t mountTable) tune(q *request) (*reply, error) {
 	m, err := t.find(q)
 	if m == nil {
 		return nil, cmpErr(err, t.missing(q))
 	}
 	b := q.body
+	for _, key := range []string{"default_lease_ttl", "max_lease_ttl"} {
+		if b.str(key) == "" {
+			delete(b.raw, key)
+		}
+	}
 	config, set := readConfig(b, m.GetConfig())
 	cmd := &commandv1.TuneMount{
 		Namespace: m.GetNamespace(), Table: m.GetTable(), Path: m.GetPath(),
@@ -451,8 +460,12 @@ func (t mountTable) tune(q *request) (*reply, error) {
 	if b.has("description") {
 		cmd.SetDescription, cmd.Description = true, b.str("description")
 	}
-	if b.has("options") {
-		cmd.SetOptions, cmd.Options = true, b.strMap("options")
+	raised := false
+	if changes := b.strMap("options"); len(changes) > 0 {
+		cmd.SetOptions = true
+		if cmd.Options, raised, err = tunedOptions(m.GetOptions(), changes); err != nil {
+			return nil, err
+		}
 	}
 	if b.has("plugin_version") {
 		cmd.SetPluginVersion, cmd.PluginVersion = true, b.str("plugin_version")
@@ -468,11 +481,72 @@ func (t mountTable) tune(q *request) (*reply, error) {
 	if b.err != nil {
 		return nil, b.err
 	}
+	if set && m.GetTable() != "auth" && b.has("token_type") {
+		return nil, fault.Text(fault.Invalid, "'token_type' can only be modified on auth mounts")
+	}
 	if err := checkConfig(config); err != nil {
 		return nil, err
 	}
 	_, err = t.propose(q, &commandv1.Command{Body: &commandv1.Command_TuneMount{TuneMount: cmd}})
-	return nil, err
+	if err != nil || !raised {
+		return nil, err
+	}
+	return t.upgradeData(q, m)
+}
+
+// tunedOptions lays changes over a mount's options: an empty value takes one away. The option "version" is the format of
+// the engine's data, which only grows; raised says that it did.
+func tunedOptions(have, changes map[string]string) (options map[string]string, raised bool, err error) {
+	options = maps.Clone(have)
+	if options == nil {
+		options = map[string]string{}
+	}
+	if text, ok := changes["version"]; ok {
+		now, want := 1, 0
+		if n, err := strconv.Atoi(have["version"]); err == nil {
+			now = n
+		}
+		if want, err = strconv.Atoi(text); err != nil || want < 1 || want > 2 {
+			return nil, false, fault.Text(fault.Invalid, "invalid version provided: %s", text)
+		}
+		if now > want {
+			return nil, false, fault.Text(fault.Invalid, "cannot downgrade mount from version %d", now)
+		}
+		raised = now < want
+	}
+	for k, v := range changes {
+		if v == "" {
+			delete(options, k)
+		} else {
+			options[k] = v
+		}
+	}
+	return options, raised, nil
+}
+
+// upgradeData sets the mount up again on every node, so that its engine learns that its data shall have a newer format:
+// what `kv enable-versioning` asks for.
+func (t mountTable) upgradeData(q *request, m *commandv1.Mount) (*reply, error) {
+	rep := &reply{warnings: []string{"Upgrading the data of " + displayPath(m) + ": its plugin is being reloaded on every node, " +
+		"and may refuse requests for a moment"}}
+	start := &commandv1.StartReload{
+		Id: q.id, Namespace: q.ns, Scope: commandv1.Scope_SCOPE_GLOBAL, ServingNode: t.NodeID, LeaderId: t.Cluster.Status().LeaderID,
+		Selector: &commandv1.Selector{Mounts: []string{displayPath(m)}}, Options: &commandv1.Options{},
+		RequestedBy: q.who.Token.GetDisplayName(),
+	}
+	start.RequestHash = fsm.RequestHash(start)
+	res, err := t.propose(q, &commandv1.Command{Body: &commandv1.Command_StartReload{StartReload: start}})
+	var r *commandv1.Reload
+	if err == nil {
+		r, err = t.awaitEnd(q.ctx, res.GetId(), enableTimeout)
+	}
+	switch {
+	case err != nil:
+		rep.warnings = append(rep.warnings, fmt.Sprintf("the option is set, but the reload did not start (%v): reload %s", err, displayPath(m)))
+	case r != nil && ended(r.GetPhase()) && r.GetPhase() != commandv1.Phase_PHASE_DONE:
+		rep.warnings = append(rep.warnings, "the option is set, but "+failureText(r, t.reloadRecord(t.State.View(), r)))
+	}
+	return rep, nil
 }
 
 // mountOf splits a client's "auth/x" or "x" into table and path.

@@ -4,7 +4,7 @@
 //	evil -mode crash-after-write
 //	evil -mode error-rate -rate 0.05 -on write
 //
-// Without a mode it behaves: data/ keeps values, count/ counts, and modes that act on requests act on every
+// Without a mode it behaves: data/ keeps values, count/ counts, creds/ lends with a lease, and modes that act on requests act on every
 // request, or, with -path, on those whose path begins so.
 package main
 
@@ -201,6 +201,8 @@ func (o options) factory(ctx context.Context, conf *logical.BackendConfig) (logi
 			},
 		},
 	}
+	secret, paths := b.creds()
+	b.Secrets, b.Paths = []*framework.Secret{secret}, append(b.Paths, paths...)
 	return b, b.Setup(ctx, conf)
 }
 

@@ -4,6 +4,7 @@
 //
 //	cd deploy/e2e/clients && go vet ./... && go test ./...
 //	E2E_BIN=/tmp/e2e-bin go test ./...    # keeps what was built for the next run
+//	CLIENTS_DEV=/tmp/dev go test ./...    # uses the cluster of `rollcall dev -token=root -dir=/tmp/dev | tee /tmp/dev/welcome`
 //
 // Every scenario runs through every node, leader and followers alike, and what it saw must be the same through each.
 package clients
@@ -11,6 +12,7 @@ package clients
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -94,7 +96,8 @@ func start(dir string) (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &cluster{plugins: filepath.Join(dir, "dev", "plugins"), sums: map[string]string{}, done: make(chan struct{}), out: &output{}}
+	dev := cmp.Or(os.Getenv("CLIENTS_DEV"), filepath.Join(dir, "dev"))
+	c := &cluster{plugins: filepath.Join(dev, "plugins"), sums: map[string]string{}, done: make(chan struct{}), out: &output{}}
 	rollcall, built := filepath.Join(bin, "rollcall"), filepath.Join(bin, "plugins")
 	if err := build("go", "build", "-o", rollcall, "./cmd/rollcall"); err != nil {
 		return nil, err
@@ -102,17 +105,17 @@ func start(dir string) (*cluster, error) {
 	if err := build("deploy/plugins/build", built, "kv-"+kvOld, "kv-"+kvNew, "auth-jwt", "evil"); err != nil {
 		return nil, err
 	}
-	c.cmd = exec.Command(rollcall, "dev", "-port", "0", "-token", rootToken, "-dir", filepath.Join(dir, "dev"))
-	c.cmd.Stdout, c.cmd.Stderr = c.out, c.out
-	c.cmd.WaitDelay = 5 * time.Second
-	if err := c.cmd.Start(); err != nil {
-		return nil, err
+	if os.Getenv("CLIENTS_DEV") == "" {
+		err = c.dev(rollcall, dev)
+	} else if text, rerr := os.ReadFile(filepath.Join(dev, "welcome")); rerr == nil {
+		_, _ = c.out.Write(text)
+	} else {
+		err = rerr
 	}
-	go func() {
-		_ = c.cmd.Wait() // how it ended is seen in ProcessState
-		close(c.done)
-	}()
-	if err := c.welcome(); err != nil {
+	if err == nil {
+		err = c.welcome()
+	}
+	if err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
 	for _, name := range []string{"kv-" + kvOld, "kv-" + kvNew, "auth-jwt", "evil"} {
@@ -121,6 +124,21 @@ func start(dir string) (*cluster, error) {
 		}
 	}
 	return c, nil
+}
+
+// dev starts the cluster's process.
+func (c *cluster) dev(rollcall, dir string) error {
+	c.cmd = exec.Command(rollcall, "dev", "-port", "0", "-token", rootToken, "-dir", dir)
+	c.cmd.Stdout, c.cmd.Stderr = c.out, c.out
+	c.cmd.WaitDelay = 5 * time.Second
+	if err := c.cmd.Start(); err != nil {
+		return err
+	}
+	go func() {
+		_ = c.cmd.Wait() // how it ended is seen in ProcessState
+		close(c.done)
+	}()
+	return nil
 }
 
 func build(name string, args ...string) error {
@@ -164,6 +182,9 @@ func (c *cluster) welcome() error {
 
 // stop ends the process as Ctrl-C does, and says so when that does not work.
 func (c *cluster) stop() error {
+	if c.cmd == nil || c.cmd.Process == nil {
+		return nil
+	}
 	select {
 	case <-c.done:
 		return fmt.Errorf("rollcall dev had ended (%v):\n%s", c.cmd.ProcessState, c.out.String())

@@ -41,6 +41,10 @@ proto-baseline: ## record proto/ as what must stay readable (at a release)
 plugins: ## build the sample plugins into bin/plugins
 	deploy/plugins/build bin/plugins
 
+.PHONY: clients
+clients: ## both Go client libraries and the stock commands' calls against three nodes
+	cd deploy/e2e/clients && go vet ./... && go test -count=1 ./...
+
 .PHONY: image
 image: ## build the container image rollcall:dev; nothing is pulled
 	deploy/image

@@ -162,7 +162,7 @@ func (c *cluster) Status() api.ClusterStatus {
 	view, role := c.n.state.View(), c.n.replica.Role()
 	st := api.ClusterStatus{
 		Initialized: view.ClusterID() != "", ClusterName: view.ClusterName(), ClusterID: view.ClusterID(),
-		IsLeader: role.Leader, LeaderID: role.LeaderID, LeaderClusterAddress: role.LeaderAddress, Term: role.Term,
+		IsLeader: role.Leader, LeaderSince: role.Since, LeaderID: role.LeaderID, LeaderClusterAddress: role.LeaderAddress, Term: role.Term,
 		CommitIndex: view.Index(), AppliedIndex: view.Index(),
 	}
 	if row := view.Node(role.LeaderID); row != nil {

@@ -1,5 +1,7 @@
 package api
 
+import "time"
+
 // Health is the body of sys/health, without an envelope. The fields after ClusterID are ours.
 type Health struct {
 	Initialized                bool   `json:"initialized"`
@@ -192,17 +194,19 @@ type Members struct {
 // ClusterStatus is what a node knows of the cluster without asking anyone. It is no answer by itself: node gives it to
 // node/httpd, which makes health, seal-status and leader of it.
 type ClusterStatus struct {
-	Initialized          bool   `json:"initialized"`
-	ClusterName          string `json:"cluster_name"`
-	ClusterID            string `json:"cluster_id"`
-	IsLeader             bool   `json:"is_leader"`
-	LeaderID             string `json:"leader_id"`
-	LeaderName           string `json:"leader_name"`
-	LeaderAPIAddress     string `json:"leader_api_address"`
-	LeaderClusterAddress string `json:"leader_cluster_address"`
-	Term                 uint64 `json:"term"`
-	CommitIndex          uint64 `json:"commit_index"`
-	AppliedIndex         uint64 `json:"applied_index"`
+	Initialized bool   `json:"initialized"`
+	ClusterName string `json:"cluster_name"`
+	ClusterID   string `json:"cluster_id"`
+	IsLeader    bool   `json:"is_leader"`
+	// LeaderSince is when this node began to lead; the zero time on others.
+	LeaderSince          time.Time `json:"leader_since"`
+	LeaderID             string    `json:"leader_id"`
+	LeaderName           string    `json:"leader_name"`
+	LeaderAPIAddress     string    `json:"leader_api_address"`
+	LeaderClusterAddress string    `json:"leader_cluster_address"`
+	Term                 uint64    `json:"term"`
+	CommitIndex          uint64    `json:"commit_index"`
+	AppliedIndex         uint64    `json:"applied_index"`
 }
 
 // RunningMount is one mount as one node runs it.

@@ -56,6 +56,9 @@ func (q *request) by() []byte {
 // wall is the proposer's wall clock as commands carry it: for people, never compared.
 func wall() int64 { return time.Now().UnixMilli() }
 
+// errScan refuses OpenBao's recursive list, in words that its users know. Answering it as a read would be worse.
+var errScan = &fault.Error{Kind: fault.UnsupportedOperation}
+
 // operationOf maps method and query to an operation as the contract's section 1.1 has it.
 func operationOf(r *http.Request) (operation, error) {
 	q := r.URL.Query()
@@ -63,6 +66,9 @@ func operationOf(r *http.Request) (operation, error) {
 	case http.MethodGet:
 		if v := q.Get("help"); v != "" {
 			return opHelp, nil
+		}
+		if scan, _ := strconv.ParseBool(q.Get("scan")); scan {
+			return "", errScan
 		}
 		if q.Has("list") {
 			list, err := strconv.ParseBool(q.Get("list"))
@@ -76,6 +82,8 @@ func operationOf(r *http.Request) (operation, error) {
 		return opRead, nil
 	case "LIST":
 		return opList, nil
+	case "SCAN":
+		return "", errScan
 	case http.MethodPost, http.MethodPut:
 		return opUpdate, nil
 	case http.MethodDelete:
@@ -115,7 +123,7 @@ func readBody(w http.ResponseWriter, r *http.Request, op operation, limit int64)
 		return nil, fault.As(fault.Invalid, err, "read", "request body")
 	}
 	trimmed := bytes.TrimSpace(raw)
-	if len(trimmed) == 0 {
+	if len(trimmed) == 0 || bytes.Equal(trimmed, []byte("null")) { // null is what `write -f` sends
 		return json.RawMessage("{}"), nil
 	}
 	if formEncoded(r) && trimmed[0] != '{' && trimmed[0] != '[' {

@@ -59,7 +59,7 @@ func (s *Server) listCatalog(q *request) (*reply, error) {
 			"version": spec.GetVersion(), "builtin": false, "sha256": spec.GetSha256(),
 		})
 	}
-	data := map[string]any{"detailed": detailed}
+	data := map[string]any{"detailed": detailed, "kms": []string{}} // OpenBao's client knows a type that nothing here has
 	for t, set := range names {
 		list := slices.Sorted(maps.Keys(set))
 		if list == nil {
@@ -216,6 +216,9 @@ func checkRegistration(spec *commandv1.Spec, image, download bool) error {
 		return fault.Text(fault.Invalid, "Could not decode SHA-256 value from Hex: %q is not 64 hexadecimal digits", spec.GetSha256())
 	}
 	spec.Sha256 = hex.EncodeToString(raw)
+	if slices.Contains(strings.FieldsFunc(spec.GetCommand(), func(r rune) bool { return r == '/' || r == ' ' }), "..") {
+		return fault.Text(fault.Invalid, "path cannot contain parent references: %q", spec.GetCommand())
+	}
 	if command, args, ok := strings.Cut(spec.GetCommand(), " "); ok {
 		if len(spec.GetArgs()) > 0 {
 			return fault.Text(fault.Invalid, "must not specify args in command and args field")

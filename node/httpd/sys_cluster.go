@@ -125,7 +125,7 @@ func (s *Server) sealStatus(*request) (*reply, error) {
 func (s *Server) leader(*request) (*reply, error) {
 	st := s.Cluster.Status()
 	return &reply{bare: map[string]any{
-		"ha_enabled": true, "is_self": st.IsLeader, "leader_address": st.LeaderAPIAddress,
+		"ha_enabled": true, "is_self": st.IsLeader, "active_time": st.LeaderSince.UTC(), "leader_address": st.LeaderAPIAddress,
 		"leader_cluster_address": st.LeaderClusterAddress, "performance_standby": !st.IsLeader,
 		"performance_standby_last_remote_wal": 0, "raft_committed_index": st.CommitIndex,
 		"raft_applied_index": st.AppliedIndex,

@@ -19,6 +19,8 @@ type Role struct {
 	// LeaderID and LeaderAddress name the leader as far as it is known here; empty when it is not.
 	LeaderID      string
 	LeaderAddress string
+	// Since is when this node took its office, by its own wall clock: for people. Zero without Leader.
+	Since time.Time
 }
 
 // roles holds the current Role and tells of changes.
@@ -43,6 +45,11 @@ func (s *roles) get() (Role, <-chan struct{}) {
 func (s *roles) set(role Role) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if role.Leader {
+		if role.Since = time.Now(); s.current.Leader && s.current.Term == role.Term {
+			role.Since = s.current.Since
+		}
+	}
 	if role == s.current {
 		return
 	}

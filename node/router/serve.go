@@ -2,6 +2,7 @@ package router
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"strings"
 	"time"
@@ -337,13 +338,34 @@ func (p *passage) finish(ctx context.Context, in *instance, resp *Response) erro
 			return fault.Text(fault.Internal, "internal error")
 		}
 		a.Headers = allowed(a.GetHeaders(), p.m.GetConfig().GetAllowedResponseHeaders())
-		if a.GetSecret() != nil && p.req.Operation != opRenew && p.req.Operation != opRevoke {
-			if err := p.lend(ctx, in, resp); err != nil {
+		if s := a.GetSecret(); s != nil && p.req.Operation != opRenew && p.req.Operation != opRevoke {
+			if !lent(p.m, s) {
+				s.LeaseId = ""
+				if o := s.GetLeaseOptions(); o != nil {
+					o.Renewable = false
+				}
+			} else if err := p.lend(ctx, in, resp); err != nil {
 				return err
 			}
 		}
 	}
 	return p.released()
+}
+
+// lent reports whether a secret has to be given back. One of KV without versions has not: its TTL only tells a reader when
+// to look again, and a lease would make an entry of the log of every read. The mount's option leased_passthrough asks for
+// leases all the same, as it does of the engine.
+func lent(m *commandv1.Mount, s *pluginpb.Secret) bool {
+	if m.GetOptions()["leased_passthrough"] == "true" {
+		return true
+	}
+	if t := m.GetType(); t == "kv" || t == "generic" {
+		return false
+	}
+	var internal struct { // the engine under another name
+		SecretType string `json:"secret_type"`
+	}
+	return json.Unmarshal([]byte(s.GetInternalData()), &internal) != nil || internal.SecretType != "kv"
 }
 
 // lend registers a secret. A follower's read that made one shows that the mount's reads belong on the leader.

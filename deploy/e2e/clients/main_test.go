@@ -42,6 +42,9 @@ const limit = 60 * time.Second
 // kvOld and kvNew are the two releases of Vault's KV engine that deploy/plugins builds.
 const kvOld, kvNew = "v0.24.1", "v0.25.0"
 
+// pluginFiles are what the tests register, as deploy/plugins/build calls them.
+var pluginFiles = []string{"kv-" + kvOld, "kv-" + kvNew, "auth-jwt", "evil"}
+
 // cluster is `rollcall dev`: three nodes in one process, over real listeners. All tests share one.
 type cluster struct {
 	nodes   []node
@@ -99,11 +102,18 @@ func start(dir string) (*cluster, error) {
 	dev := cmp.Or(os.Getenv("CLIENTS_DEV"), filepath.Join(dir, "dev"))
 	c := &cluster{plugins: filepath.Join(dev, "plugins"), sums: map[string]string{}, done: make(chan struct{}), out: &output{}}
 	rollcall, built := filepath.Join(bin, "rollcall"), filepath.Join(bin, "plugins")
-	if err := build("go", "build", "-o", rollcall, "./cmd/rollcall"); err != nil {
-		return nil, err
+	if os.Getenv("CLIENTS_DEV") == "" {
+		if err := build("go", "build", "-o", rollcall, "./cmd/rollcall"); err != nil {
+			return nil, err
+		}
 	}
-	if err := build("deploy/plugins/build", built, "kv-"+kvOld, "kv-"+kvNew, "auth-jwt", "evil"); err != nil {
-		return nil, err
+	for _, name := range pluginFiles {
+		if _, err := os.Stat(filepath.Join(built, name)); err == nil {
+			continue
+		}
+		if err := build("deploy/plugins/build", built, name); err != nil {
+			return nil, err
+		}
 	}
 	if os.Getenv("CLIENTS_DEV") == "" {
 		err = c.dev(rollcall, dev)
@@ -118,7 +128,7 @@ func start(dir string) (*cluster, error) {
 	if err != nil {
 		return nil, errors.Join(err, c.stop())
 	}
-	for _, name := range []string{"kv-" + kvOld, "kv-" + kvNew, "auth-jwt", "evil"} {
+	for _, name := range pluginFiles {
 		if c.sums[name], err = install(filepath.Join(built, name), filepath.Join(c.plugins, name)); err != nil {
 			return nil, errors.Join(err, c.stop())
 		}

@@ -43,7 +43,7 @@ func reg(version string) string {
 func TestTheCatalogAnswersAsTheContractSays(t *testing.T) {
 	w := newWorld(t)
 	w.rows(t, []row{
-		{"GET", "sys/plugins/catalog", "", 200, `"auth":[],"database":[],"detailed":[],"secret":[]`},
+		{"GET", "sys/plugins/catalog", "", 200, `"auth":[],"database":[],"detailed":[],"kms":[],"secret":[]`},
 		{"PUT", "sys/plugins/catalog/secret/kv", reg(""), 204, ""},
 		{"POST", "sys/plugins/catalog/secret/kv", reg("1.0.0"), 204, ""},
 		{"PUT", "sys/plugins/catalog/secret/kv2", `{"type":3,"sha256":"` + strings.Repeat("ab", 32) + `","command":"kv"}`, 204, ""},
@@ -646,4 +646,19 @@ func TestATextNamesAMountAsItsCallerDoes(t *testing.T) {
 		{"POST", "sys/remount", `{"from":"auth/jwt","to":"auth/jwt"}`, 400, `path already in use at \"auth/jwt/\"`},
 		{"PUT", "sys/plugins/reload/backend", `{"mounts":["nah"]}`, 400, `cannot fetch mount entry on \"nah/\"`},
 	})
+}
+
+// TestWhatTheStockCommandSendsIsUnderstood holds bodies and questions that only a real client showed.
+func TestWhatTheStockCommandSendsIsUnderstood(t *testing.T) {
+	w := newWorld(t)
+	w.mount("", "kv/")
+	w.rows(t, []row{
+		{"PUT", "kv/x", "null", 200, `"body":{}`}, // write -f
+		{"PUT", "sys/step-down", " null\n", 204, ""},
+		{"PUT", "sys/plugins/catalog/secret/kv", `{"sha256":"` + strings.Repeat("ab", 32) + `","command":"x/../../y"}`, 400, "path cannot contain parent references"},
+		{"GET", "sys/health?removedcode=abc", "", 400, "removedcode must be an HTTP status code"},
+		{"GET", "sys/health?activecode=299&standbycode=abc", "", 400, "standbycode must be an HTTP status code"},
+	})
+	w.call("GET", "sys/metrics", "", "X-Vault-Request", "true").want(t, 200, `"Gauges":[`)
+	w.call("GET", "sys/metrics?format=prometheus", "", "X-Vault-Request", "true").want(t, 200, "# HELP")
 }

@@ -64,6 +64,13 @@ func (s *Server) health(q *request) (*reply, error) {
 		}
 		return b, nil
 	}
+	for _, param := range []string{
+		"activecode", "standbycode", "drsecondarycode", "performancestandbycode", "haunhealthycode", "uninitcode", "sealedcode", "removedcode",
+	} {
+		if _, err := code(param, 0); err != nil { // a probe that is wrong shall not be found out by a failure
+			return nil, err
+		}
+	}
 	st := s.Cluster.Status()
 	serving := s.Replica.Serving()
 	standbyOK, err := flag("standbyok")
@@ -202,18 +209,19 @@ func (s *Server) metrics(q *request) (*reply, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, "gather", "metrics")
 	}
-	if q.body.str("format") == "json" {
+	format := q.body.str("format")
+	if format == "json" || format == "" && q.http.Header.Get("X-Vault-Request") == "true" { // the stock clients read JSON only
 		return &reply{bare: gauges(families)}, nil
 	}
 	var b bytes.Buffer
-	format := expfmt.NewFormat(expfmt.TypeTextPlain)
-	enc := expfmt.NewEncoder(&b, format)
+	text := expfmt.NewFormat(expfmt.TypeTextPlain)
+	enc := expfmt.NewEncoder(&b, text)
 	for _, f := range families {
 		if err := enc.Encode(f); err != nil {
 			return nil, fault.Wrap(err, "encode", "metrics")
 		}
 	}
-	return &reply{raw: b.Bytes(), contentType: string(format)}, nil
+	return &reply{raw: b.Bytes(), contentType: string(text)}, nil
 }
 
 // gauges are the simple metrics in the contract's JSON.

@@ -56,10 +56,7 @@ type cluster struct {
 	out  *output
 }
 
-type node struct {
-	name, addr string
-	leads      bool
-}
+type node struct{ name, addr string }
 
 var shared *cluster
 
@@ -164,7 +161,7 @@ func build(name string, args ...string) error {
 }
 
 // nodeLine is a node in what `rollcall dev` says when it serves.
-var nodeLine = regexp.MustCompile(`(?m)^ +(node-\d+) +(http://\S+)( +\(leads\))?$`)
+var nodeLine = regexp.MustCompile(`(?m)^ +(node-\d+) +(http://\S+)(?: +\(leads\))?$`)
 
 // welcome waits until dev says that its nodes serve, and reads where.
 func (c *cluster) welcome() error {
@@ -173,7 +170,7 @@ func (c *cluster) welcome() error {
 		text := c.out.String()
 		if strings.Contains(text, "Ctrl-C stops everything") {
 			for _, m := range nodeLine.FindAllStringSubmatch(text, -1) {
-				c.nodes = append(c.nodes, node{name: m[1], addr: m[2], leads: m[3] != ""})
+				c.nodes = append(c.nodes, node{name: m[1], addr: m[2]})
 			}
 			if len(c.nodes) != 3 {
 				return fmt.Errorf("rollcall dev told of %d nodes:\n%s", len(c.nodes), text)
@@ -251,16 +248,33 @@ func (o *output) String() string {
 	return o.buf.String()
 }
 
+// leader asks which node leads now.
+func (c *cluster) leader(t *testing.T) (addr string) {
+	t.Helper()
+	until(t, "a leader", func() error {
+		l, err := vaultClient(t, c.nodes[0].addr, rootToken).Sys().Leader()
+		if err != nil {
+			return err
+		}
+		if addr = l.LeaderAddress; addr == "" {
+			return errors.New("none is known")
+		}
+		return nil
+	})
+	return addr
+}
+
 // through runs a scenario through every node, at the same time, and compares what it noted. In names and paths the
 // scenario uses n's suffix, so that the runs do not meet; in what it notes the suffix does not appear.
 func through(t *testing.T, scenario func(t *testing.T, n at)) {
 	runs := make([]*notes, len(shared.nodes))
+	lead := shared.leader(t)
 	t.Run("each", func(t *testing.T) {
 		for i, nd := range shared.nodes {
 			runs[i] = &notes{}
 			t.Run(nd.name, func(t *testing.T) {
 				t.Parallel()
-				scenario(t, at{node: nd, N: fmt.Sprintf("n%d", i+1), notes: runs[i]})
+				scenario(t, at{node: nd, leads: nd.addr == lead, N: fmt.Sprintf("n%d", i+1), notes: runs[i]})
 			})
 		}
 	})
@@ -272,6 +286,7 @@ func through(t *testing.T, scenario func(t *testing.T, n at)) {
 // at is one run of a scenario: the node that it talks to, and where it notes what it sees.
 type at struct {
 	node
+	leads bool
 	N     string
 	notes *notes
 }

@@ -124,6 +124,7 @@ func (p policyWords) remove(q *request) (*reply, error) {
 }
 
 func (s *Server) capabilitiesSelf(q *request) (*reply, error) {
+	q.body.has("token") // the stock command sends it too, and the caller is who calls
 	return s.capabilitiesOf(q, q.who.Token)
 }
 

@@ -440,7 +440,7 @@ func TestVaultLibraryCluster(t *testing.T) {
 			t.Error("an empty snapshot")
 		}
 		err = sys.RaftSnapshotRestore(bytes.NewReader(snap.Bytes()[:snap.Len()/2]), false)
-		refused(t, err, 400, "")
+		refused(t, err, 400, "read backup")
 		help := got(c.Help("sys/mounts"))(t)
 		n.note("help %q", lines(help.Help)[0])
 		metrics := got(c.Logical().ReadRawWithData("sys/metrics", map[string][]string{"format": {"prometheus"}}))(t)

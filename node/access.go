@@ -27,7 +27,7 @@ func (n *Node) openLeases() error {
 	var err error
 	n.leases, err = lease.New(lease.Config{
 		NodeName: n.cfg.Name,
-		State: n.state, Replica: leaseReplica{n}, Plugins: leasePlugins{n}, TTLs: httpd.TTLs,
+		State:    n.state, Replica: leaseReplica{n}, Plugins: leasePlugins{n}, TTLs: httpd.TTLs,
 		Logger: n.component("lease"), Registerer: n.reg,
 	})
 	return err

@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
+	"time"
 )
 
 // Enabled is whether this build has failpoints.
@@ -15,7 +17,8 @@ const Enabled = true
 
 // Variables of the environment that a process with failpoints reads when it starts.
 const (
-	// EnvRules holds rules in the words of Parse.
+	// EnvRules holds rules in the words of Parse, or "@FILE": then the rules are in that file, and are read again whenever
+	// it has changed, so that what a running process does can be told.
 	EnvRules = "ROLLCALL_FAILPOINTS"
 	// EnvReport names a directory. Each process writes a file there, a line for each place at its first hit: also a
 	// process that is killed has told what it reached.
@@ -59,6 +62,11 @@ type points struct {
 	names  map[string]string
 	counts map[Site]int
 	report *os.File
+
+	file  string // where the rules are, "" when they are in the environment
+	stamp time.Time
+	size  int64
+	filed []*armed // those of the file
 }
 
 var all = newPoints()
@@ -68,12 +76,45 @@ func newPoints() *points {
 	if dir := os.Getenv(EnvReport); dir != "" {
 		p.report = openReport(dir)
 	}
-	rules, err := Parse(os.Getenv(EnvRules))
+	text := os.Getenv(EnvRules)
+	if file, there := strings.CutPrefix(text, "@"); there {
+		p.file = file
+		return p
+	}
+	rules, err := Parse(text)
 	if err != nil {
 		panic(EnvRules + ": " + err.Error()) // a sweep that thinks it kills must not run without
 	}
 	p.arm(rules)
 	return p
+}
+
+// look reads the file of rules again when it has changed. A file that is not there holds none. The mutex is held.
+func (p *points) look() {
+	if p.file == "" {
+		return
+	}
+	var stamp time.Time
+	var size int64
+	if info, err := os.Stat(p.file); err == nil {
+		stamp, size = info.ModTime(), info.Size()
+	}
+	if stamp.Equal(p.stamp) && size == p.size {
+		return
+	}
+	p.stamp, p.size = stamp, size
+	raw, err := os.ReadFile(p.file)
+	if err != nil && !os.IsNotExist(err) {
+		panic(EnvRules + ": " + err.Error())
+	}
+	rules, err := Parse(string(raw))
+	if err != nil {
+		panic(p.file + ": " + err.Error())
+	}
+	old := p.filed
+	p.rules = slices.DeleteFunc(p.rules, func(r *armed) bool { return slices.Contains(old, r) })
+	p.filed = arms(rules)
+	p.rules = append(p.rules, p.filed...)
 }
 
 // openReport makes this process's file. A report that cannot be written would be a place that was never hit.
@@ -104,6 +145,7 @@ func Hit(site Site, key string) error {
 func (p *points) hit(site Site, key string) []func() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.look()
 	node := key
 	if name, known := p.names[key]; known {
 		node = name
@@ -131,11 +173,16 @@ func (p *points) hit(site Site, key string) []func() error {
 	return todo
 }
 
-func (p *points) arm(rules []Rule) []*armed {
-	var added []*armed
+func arms(rules []Rule) []*armed {
+	var out []*armed
 	for _, r := range rules {
-		added = append(added, &armed{Rule: r, hits: map[string]int{}, past: map[string]bool{}})
+		out = append(out, &armed{Rule: r, hits: map[string]int{}, past: map[string]bool{}})
 	}
+	return out
+}
+
+func (p *points) arm(rules []Rule) []*armed {
+	added := arms(rules)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.rules = append(p.rules, added...)

@@ -20,6 +20,10 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == "hit" {
 		for _, site := range os.Args[2:] {
+			if file, there := strings.CutPrefix(os.Getenv(EnvRules), "@"); there && site == "rewrite" {
+				_ = os.WriteFile(file, []byte("reload/done=kill"), 0o600)
+				continue
+			}
 			if err := Hit(Site(site), "node-1"); err != nil {
 				os.Exit(7)
 			}
@@ -139,5 +143,14 @@ func TestAProcessIsEndedByItsEnvironmentAndHasToldWhereItWas(t *testing.T) {
 	}
 	if err := hitting(t, "reload/undone=error", dir); err == nil {
 		t.Error("a process runs with rules that cannot be read")
+	}
+}
+
+func TestRulesInAFileAreReadAgainWhenItChanges(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "rules")
+	err := hitting(t, "@"+file, t.TempDir(), ReloadDone, "rewrite", ReloadTrial, ReloadDone)
+	exit, ok := errors.AsType[*exec.ExitError](err)
+	if !ok || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		t.Fatalf("it ended with %v, not by SIGKILL", err)
 	}
 }

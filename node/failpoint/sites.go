@@ -23,6 +23,8 @@ const (
 	ReloadTrial Site = "reload/trial"
 	// ReloadPreparedReport: a vote "prepared" is about to be handed to the leader. An error is a lost report.
 	ReloadPreparedReport Site = "reload/prepared-report"
+	// ReloadPreparedHeard: a vote "prepared" has reached the leader, and has not been counted. An error is a lost report.
+	ReloadPreparedHeard Site = "reload/prepared-heard"
 	// ReloadRefusedReport: a vote "refused" is about to be handed to the leader.
 	ReloadRefusedReport Site = "reload/refused-report"
 	// ReloadSwitchProposed: the leader is about to propose the batch that holds the last vote, which is the switch.
@@ -36,6 +38,8 @@ const (
 	ReloadDraining Site = "reload/draining"
 	// ReloadSwitchedReport: a report "switched" is about to be handed to the leader. An error is a lost report.
 	ReloadSwitchedReport Site = "reload/switched-report"
+	// ReloadSwitchedHeard: a report "switched" has reached the leader, and is not entered. An error is a lost report.
+	ReloadSwitchedHeard Site = "reload/switched-heard"
 	// ReloadDone: this node's state shows that a reload has ended.
 	ReloadDone Site = "reload/done"
 
@@ -97,8 +101,9 @@ const (
 // All lists the places.
 func All() []Site {
 	return []Site{
-		ReloadReceived, ReloadProposed, ReloadPreparingApplied, ReloadTrial, ReloadPreparedReport, ReloadRefusedReport,
-		ReloadSwitchProposed, ReloadSwitchApplied, ReloadGateClosed, ReloadDraining, ReloadSwitchedReport, ReloadDone,
+		ReloadReceived, ReloadProposed, ReloadPreparingApplied, ReloadTrial, ReloadPreparedReport, ReloadPreparedHeard,
+		ReloadRefusedReport, ReloadSwitchProposed, ReloadSwitchApplied, ReloadGateClosed, ReloadDraining,
+		ReloadSwitchedReport, ReloadSwitchedHeard, ReloadDone,
 		TakeOverProposed, TakeOverApplied, TakeOverSeen,
 		ProcessExec, ProcessStarted, ProcessHandshake, ProcessKill,
 		ContentFetch, ContentSealed,

@@ -65,6 +65,9 @@ type Cluster struct {
 	Record *check.Recorder
 	dir    string
 	log    *logs
+	wires  map[string]*wire // by node name
+
+	mu     sync.Mutex
 	faults map[int]func()
 }
 
@@ -96,7 +99,7 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 		t.Fatal(err)
 	}
 	c := &Cluster{
-		t: t, dir: dir, Plugins: filepath.Join(dir, "plugins"), log: &logs{}, Record: check.NewRecorder(), faults: map[int]func(){},
+		t: t, dir: dir, Plugins: filepath.Join(dir, "plugins"), log: &logs{}, Record: check.NewRecorder(), faults: map[int]func(){}, wires: map[string]*wire{},
 	}
 	c.Record.Describe(func(m *check.Meta) { m.Suite, m.Command = t.Name(), "go test ./node/nodetest -run '^"+t.Name()+"$'" })
 	t.Cleanup(func() {
@@ -116,9 +119,14 @@ func Start(t testing.TB, n int, change func(i int, cfg *node.Config, opt *node.O
 		Nodes: n, Dir: dir, PluginDir: c.Plugins, Logger: logger,
 		Change: func(i int, cfg *node.Config, opt *node.Options) {
 			opt.Heartbeat = heartbeat
+			c.wires[cfg.Name] = newWire()
+			opt.Network = c.wires[cfg.Name]
 			c.watch(cfg.Name, opt)
 			if change != nil {
 				change(i, cfg, opt)
+			}
+			if opt.Network != c.wires[cfg.Name] {
+				delete(c.wires, cfg.Name)
 			}
 		},
 	})

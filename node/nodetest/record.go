@@ -2,6 +2,7 @@ package nodetest
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -21,13 +22,20 @@ func (c *Cluster) watch(name string, opt *node.Options) {
 
 // StopNode stops node i, and records that it is away.
 func (c *Cluster) StopNode(ctx context.Context, i int) error {
+	c.mu.Lock()
 	c.faults[i] = c.Record.Fault("stop", c.Node(i).Name(), "gracefully")
+	c.mu.Unlock()
 	return c.Local.StopNode(ctx, i)
 }
 
 // StartNode starts node i again.
 func (c *Cluster) StartNode(ctx context.Context, i int) error {
+	if w := c.wires[fmt.Sprintf("node-%d", i+1)]; w != nil {
+		w.mend()
+	}
 	err := c.Local.StartNode(ctx, i)
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if healed := c.faults[i]; healed != nil && err == nil {
 		healed()
 	}

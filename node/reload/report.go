@@ -357,25 +357,36 @@ func (b *outbox) send(ctx context.Context, reports []*commandv1.Report) error {
 	return fault.FromGRPC(err)
 }
 
-// reporting passes the places of what is about to be said.
+// reporting passes the places of reports that are about to be sent: an error is a report that is lost.
 func reporting(reports []*commandv1.Report, node string) error {
 	if !failpoint.Enabled {
 		return nil
 	}
+	return places(reports, node, map[commandv1.MountReport_Stage]failpoint.Site{
+		commandv1.MountReport_STAGE_PREPARED: failpoint.ReloadPreparedReport,
+		commandv1.MountReport_STAGE_REFUSED:  failpoint.ReloadRefusedReport,
+		commandv1.MountReport_STAGE_SWITCHED: failpoint.ReloadSwitchedReport,
+	})
+}
+
+// heard passes the places of reports that have reached the leader.
+func heard(reports []*commandv1.Report, node string) error {
+	if !failpoint.Enabled {
+		return nil
+	}
+	return places(reports, node, map[commandv1.MountReport_Stage]failpoint.Site{
+		commandv1.MountReport_STAGE_PREPARED: failpoint.ReloadPreparedHeard,
+		commandv1.MountReport_STAGE_SWITCHED: failpoint.ReloadSwitchedHeard,
+	})
+}
+
+func places(reports []*commandv1.Report, node string, of map[commandv1.MountReport_Stage]failpoint.Site) error {
 	for _, rep := range reports {
 		for _, m := range rep.GetMounts() {
-			var err error
-			switch m.GetStage() {
-			case commandv1.MountReport_STAGE_PREPARED:
-				err = failpoint.Hit(failpoint.ReloadPreparedReport, node)
-			case commandv1.MountReport_STAGE_REFUSED:
-				err = failpoint.Hit(failpoint.ReloadRefusedReport, node)
-			case commandv1.MountReport_STAGE_SWITCHED:
-				err = failpoint.Hit(failpoint.ReloadSwitchedReport, node)
-			default:
-			}
-			if err != nil {
-				return err
+			if site := of[m.GetStage()]; site != "" {
+				if err := failpoint.Hit(site, node); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -389,6 +400,9 @@ func (r *Reloads) accept(reports []*commandv1.Report) error {
 	r.mu.Unlock()
 	if ld == nil {
 		return fault.New(fault.NotLeader, "accept reports", r.self, "this node does not lead")
+	}
+	if err := heard(reports, r.self); err != nil {
+		return err
 	}
 	return ld.accept(reports)
 }

@@ -340,8 +340,10 @@ func TestOneNodeThatCannotRunADatabasePluginAbortsTheReloadOfAll(t *testing.T) {
 	c := startDatabase(t, 3)
 	stop := c.credsLoad(3, "app")
 	for i, badness := range [][]string{
-		{"-fail-on", "node-2", "-fail", "exit"}, {"-fail-on", "node-3", "-fail", "setup"},
-		{"-fail-on", "node-3", "-fail", "initialize"}, {"-require", "tenant"},
+		{"-fail-on", "node-2", "-fail", "exit"},
+		{"-fail-on", "node-3", "-fail", "setup"},
+		{"-fail-on", "node-3", "-fail", "initialize"},
+		{"-require", "tenant"},
 	} {
 		version := fmt.Sprintf("v2.%d.0", i)
 		c.register("demo-db", version, badness...)
@@ -457,4 +459,3 @@ func (c *databaseCluster) pidOf(t *testing.T, mount, node string) int64 {
 	}
 	return 0
 }
-

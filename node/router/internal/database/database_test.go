@@ -72,6 +72,7 @@ func (n *node) Moving(*commandv1.Mount) string          { return n.moving }
 func (n *node) Stored(connection *commandv1.Mount) []byte {
 	return n.configs[connection.GetConnection()]
 }
+
 func (n *node) Delete(_ context.Context, name string) error {
 	delete(n.mounts, name)
 	return nil

@@ -77,8 +77,10 @@ func (e *Engine) writeRole(ctx context.Context, c *call) error {
 		key string
 		to  *[]string
 	}{
-		{"creation_statements", &r.Creation}, {"revocation_statements", &r.Revocation},
-		{"rollback_statements", &r.Rollback}, {"renew_statements", &r.Renew},
+		{"creation_statements", &r.Creation},
+		{"revocation_statements", &r.Revocation},
+		{"rollback_statements", &r.Rollback},
+		{"renew_statements", &r.Renew},
 	} {
 		*l.to, errs[1+i] = c.body.texts(l.key, *l.to, false)
 	}

@@ -221,7 +221,11 @@ func newSocketDir(cfg Config) (socketDir, error) {
 	if base == "" {
 		base = os.TempDir()
 	}
-	if err := os.MkdirAll(base, 0o755); err != nil { //nolint:gosec // only what is inside is private
+	mode := os.FileMode(0o700)
+	if cfg.UID != 0 {
+		mode = 0o755 // plugins must get through; only what is inside is private
+	}
+	if err := os.MkdirAll(base, mode); err != nil {
 		return socketDir{}, fault.As(fault.Internal, err, "make socket directory", base)
 	}
 	if err := passable(base, cfg); err != nil {
@@ -241,7 +245,7 @@ func newSocketDir(cfg Config) (socketDir, error) {
 		return socketDir{}, fault.New(fault.Invalid, "make socket directory", d.path,
 			"it is too long for unix sockets; configure a shorter SocketDir")
 	}
-	mode := os.FileMode(0o700)
+	mode = 0o700
 	if cfg.UID != 0 {
 		mode = 0o711 // the directory of each process inside is its own
 	}

@@ -25,6 +25,7 @@ func TestEveryVerbSendsExactlyItsRequests(t *testing.T) {
 		}
 	}
 	moved := map[string]string{
+		"GET sys/key-status":                               data(api.KeyStatus{Term: 3, InstallTime: "2026-01-02T03:04:05Z", Node: "n1", NodeTerm: 3, NodeKeys: 2, SealType: "file"}),
 		"POST sys/remount":                                 data(api.Remount{MigrationID: "m1"}),
 		"GET sys/remount/status/m1":                        data(api.RemountStatus{MigrationID: "m1", Info: api.MigrationInfo{Status: "success"}}),
 		"GET sys/plugins/catalog":                          data(api.Catalog{Detailed: []api.CatalogDetail{{Type: "secret", Name: "kv", Version: "v1.0.0"}}}),
@@ -137,6 +138,8 @@ func TestEveryVerbSendsExactlyItsRequests(t *testing.T) {
 		{"operator raft snapshot save " + snapshot + ".new", "", `GET sys/storage/raft/snapshot`, "4 bytes"},
 		{"operator raft snapshot restore -force " + snapshot, "", `POST sys/storage/raft/snapshot SNAP`, "Success!"},
 		{"operator step-down", "", `PUT sys/step-down`, "Success!"},
+		{"operator rotate", "", `PUT sys/rotate`, "Success!"},
+		{"operator key-status", "", `GET sys/key-status`, "Key Term            3"},
 		{"operator leave", "", `PUT sys/leave`, "Success!"},
 	} {
 		f := newFake(t, moved)
@@ -262,7 +265,8 @@ func TestEveryDocumentedVerbExists(t *testing.T) {
 		plugin/plan plugin/rollback plugin/pins/list plugin/pins/set plugin/pins/delete reloads/list reloads/show reloads/pause reloads/resume
 		reloads/promote reloads/abort secrets/enable secrets/disable secrets/list secrets/tune secrets/move auth/enable auth/disable auth/list
 		auth/tune auth/move read write list delete operator/members operator/raft/list-peers operator/raft/remove-peer operator/raft/join
-		operator/raft/snapshot/save operator/raft/snapshot/restore operator/raft/autopilot/state operator/step-down operator/leave status
+		operator/raft/snapshot/save operator/raft/snapshot/restore operator/raft/autopilot/state operator/step-down operator/leave operator/rotate
+		operator/key-status status
 		healthcheck version events completion/bash completion/zsh completion/fish completion/powershell`)
 	for v := range verbs {
 		path := strings.Split(v, "/")

@@ -2,14 +2,18 @@ package httpd
 
 import (
 	"bytes"
+	"context"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 
+	"rollcall/node/api"
 	"rollcall/node/fault"
 )
 
@@ -143,8 +147,16 @@ func (s *Server) initStatus(*request) (*reply, error) {
 	return &reply{bare: map[string]any{"initialized": s.Cluster.Status().Initialized}}, nil
 }
 
+// membersByName are the members in the order that people look for them in.
+func (s *Server) membersByName(ctx context.Context) ([]api.Member, error) {
+	list, err := s.Cluster.Members(ctx)
+	list = slices.Clone(list)
+	slices.SortStableFunc(list, func(a, b api.Member) int { return strings.Compare(a.Name, b.Name) })
+	return list, err
+}
+
 func (s *Server) haStatus(q *request) (*reply, error) {
-	list, err := s.Cluster.Members(q.ctx)
+	list, err := s.membersByName(q.ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -160,7 +172,7 @@ func (s *Server) haStatus(q *request) (*reply, error) {
 }
 
 func (s *Server) members(q *request) (*reply, error) {
-	list, err := s.Cluster.Members(q.ctx)
+	list, err := s.membersByName(q.ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +180,7 @@ func (s *Server) members(q *request) (*reply, error) {
 }
 
 func (s *Server) raftConfiguration(q *request) (*reply, error) {
-	list, err := s.Cluster.Members(q.ctx)
+	list, err := s.membersByName(q.ctx)
 	if err != nil {
 		return nil, err
 	}

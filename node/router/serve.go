@@ -2,8 +2,8 @@ package router
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -362,10 +362,10 @@ func lent(m *commandv1.Mount, s *pluginpb.Secret) bool {
 	if t := m.GetType(); t == "kv" || t == "generic" {
 		return false
 	}
-	var internal struct { // the engine under another name
-		SecretType string `json:"secret_type"`
-	}
-	return json.Unmarshal([]byte(s.GetInternalData()), &internal) != nil || internal.SecretType != "kv"
+	// The engine under another name: its secret holds a TTL and nothing by which a plugin could take it back.
+	o := s.GetLeaseOptions()
+	hint := o.GetTTL() > 0 && !o.GetRenewable() && slices.Contains([]string{"", "{}", "null"}, s.GetInternalData())
+	return !hint
 }
 
 // lend registers a secret. A follower's read that made one shows that the mount's reads belong on the leader.

@@ -191,9 +191,9 @@ func (r *Replica) shutdown(ctx context.Context) error {
 	r.cancel(fault.New(fault.Unavailable, "", "", "node %s is stopping", r.cfg.Name))
 	r.wg.Wait()
 
-	// While Raft runs, every future is answered (a follower refuses what a leader would have done), unless the disk
-	// hangs. Afterwards none would be.
-	waitFor(func() { r.inflight.Wait() }, 4*r.cfg.heartbeat())
+	// While Raft runs, every future is answered (a follower refuses what a leader would have done), sooner or later where the
+	// disk is slow, unless it hangs. Afterwards none would be: Raft forgets those in its queues.
+	waitFor(func() { r.inflight.Wait() }, 10*r.cfg.heartbeat())
 	r.stores.Release()
 	var errs []error
 	if node != nil {

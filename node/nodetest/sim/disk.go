@@ -22,8 +22,8 @@ type disk struct {
 	// now is what a process reads back; durable is what a loss of power leaves of it. They are one unless lazy.
 	now, durable *image
 	at           *session
-	// write draws how long a write takes.
-	write func() time.Duration
+	// write draws how long a write takes, usual how long it takes on a disk that is well.
+	write, usual func() time.Duration
 	// hung is not nil while nothing is written; it is closed when that ends.
 	hung chan struct{}
 	// lazy acknowledges what is not durable yet: a node with Options.NoSync, and what a broken disk does.
@@ -36,7 +36,7 @@ type disk struct {
 
 func newDisk(write func() time.Duration, torn func() bool) *disk {
 	im := newImage()
-	return &disk{now: im, durable: im, write: write, torn: torn, inFlight: map[*func(*image)]struct{}{}}
+	return &disk{now: im, durable: im, write: write, usual: write, torn: torn, inFlight: map[*func(*image)]struct{}{}}
 }
 
 // open is a boot: the earlier session, if any, is cut off.
@@ -104,16 +104,26 @@ func (d *disk) hang() (release func()) {
 	}
 }
 
+// ease ends whatever is wrong with the disk.
+func (d *disk) ease() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.write = d.usual
+	if d.hung != nil {
+		close(d.hung)
+		d.hung = nil
+	}
+}
+
 // slow makes writes take as long as draw says, until the answer is called.
 func (d *disk) slow(draw func() time.Duration) (heal func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	before := d.write
 	d.write = draw
 	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.write = before
+		d.write = d.usual
 	}
 }
 

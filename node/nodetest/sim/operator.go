@@ -42,11 +42,8 @@ func (c *cluster) newOperator() *operator {
 // prepare makes the catalog and the mounts that everything else is about.
 func (o *operator) prepare() error {
 	for _, v := range versions {
-		a, err := o.ask(o.c.members[0].name, http.MethodPut, "sys/plugins/catalog/secret/"+plugin, o.c.token, map[string]any{
-			"version": v, "command": commandOf(v), "sha256": hashOf(commandOf(v)),
-		})
-		if err := told(a, err); err != nil {
-			return fmt.Errorf("register %s: %w", v, err)
+		if op := o.register(o.c.members[0].name, v); op.Outcome != check.OK {
+			return fmt.Errorf("register %s: %s", v, op.Cause)
 		}
 	}
 	for _, path := range []string{"kv", "other"} {
@@ -58,6 +55,14 @@ func (o *operator) prepare() error {
 		}
 	}
 	return nil
+}
+
+// register enters a version of the plugin.
+func (o *operator) register(node, v string) check.Op {
+	op, _ := o.call(check.Op{Kind: check.Register, Key: "secret/" + plugin + "/" + v, Input: hashOf(commandOf(v))}, node, http.MethodPut,
+		"sys/plugins/catalog/secret/"+plugin, o.c.token, map[string]any{"version": v, "command": commandOf(v), "sha256": hashOf(commandOf(v))})
+	o.finish(op)
+	return op
 }
 
 // told is an error for every answer that is not a good one.
@@ -229,9 +234,10 @@ func (o *operator) extraMount() {
 // race registers or removes a version while a reload to it runs.
 func (o *operator) race() {
 	v := fmt.Sprintf("v3.%d.0", o.rng.IntN(3))
-	path := "sys/plugins/catalog/secret/" + plugin
 	if o.rng.IntN(2) == 0 {
-		o.plain(http.MethodDelete, path+"?version="+v, nil)
+		op, _ := o.call(check.Op{Kind: check.Deregister, Key: "secret/" + plugin + "/" + v}, o.any(), http.MethodDelete,
+			"sys/plugins/catalog/secret/"+plugin+"?version="+v, o.c.token, nil)
+		o.finish(op)
 		return
 	}
 	done := make(chan struct{})
@@ -241,7 +247,7 @@ func (o *operator) race() {
 		defer close(done)
 		o.second.start(map[string]any{"reload_id": id, "plugin": plugin, "scope": "global", "version": v})
 	}()
-	o.plain(http.MethodPut, path, map[string]any{"version": v, "command": commandOf(v), "sha256": hashOf(commandOf(v))})
+	o.register(o.any(), v)
 	<-done
 }
 

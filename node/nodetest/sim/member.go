@@ -27,6 +27,7 @@ type member struct {
 	drift  float64
 	events *check.Node
 
+	stops sync.WaitGroup // graceful stops under way
 	boots int
 	path  string // of the small files: node id, incarnation, cluster
 
@@ -34,6 +35,7 @@ type member struct {
 	node     *node.Node
 	launcher *launcher
 	over     chan struct{} // closed when this boot has ended
+	disks    int           // how often its disk was replaced
 }
 
 func newMember(c *cluster, name string, drift float64) *member {
@@ -54,6 +56,13 @@ const (
 
 func (m *member) api() string { return "http://" + m.name + ":" + apiPort }
 
+// identity tells the nodes apart that have lived here: a new disk makes another one.
+func (m *member) identity() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return fmt.Sprintf("%s (%d)", m.name, m.disks)
+}
+
 // up is true while a node runs here, paused or not.
 func (m *member) up() bool {
 	m.mu.Lock()
@@ -70,6 +79,7 @@ func (m *member) running() *node.Node {
 
 // start boots the member from what its disk holds. It is called by one at a time.
 func (m *member) start() error {
+	m.stops.Wait() // what stops in good order uses network and disk until the end
 	if m.up() {
 		return nil
 	}
@@ -150,6 +160,8 @@ func (m *member) watch(n *node.Node, over chan struct{}) {
 // stop ends a node in good order, on a disk that works: Raft never answers what is in its queues when it is shut down on one
 // that hangs, and the goroutines that wait for that would be left in the bubble, as they are in a process that ends.
 func (m *member) stop(n *node.Node) {
+	m.stops.Add(1)
+	defer m.stops.Done()
 	if l := m.detach(n); l == nil {
 		return
 	}
@@ -221,6 +233,7 @@ func (m *member) kill(silent bool) bool {
 
 // restart boots a node that was killed.
 func (m *member) restart() error {
+	m.stops.Wait()
 	m.c.wires.net.Kill(m.name) // the machine knows nothing of connections from before
 	m.c.wires.net.Rejoin(m.name)
 	return m.start()
@@ -228,6 +241,9 @@ func (m *member) restart() error {
 
 // replace gives the member a new disk: it comes back under its name, as another node.
 func (m *member) replace() {
+	m.mu.Lock()
+	m.disks++
+	m.mu.Unlock()
 	m.disk, m.path = newMember(m.c, m.name, m.drift).disk, ""
 }
 

@@ -157,7 +157,7 @@ func (k *caller) start(body map[string]any) {
 	}
 	node, input := k.any(), string(raw)
 	if body["scope"] == nil {
-		input += " on " + node
+		input += " on " + k.c.member(node).identity()
 	}
 	op, a := k.call(check.Op{Kind: check.Start, Key: body["reload_id"].(string), Input: input}, node,
 		http.MethodPut, "sys/plugins/reload/backend", k.c.token, body)

@@ -118,8 +118,10 @@ func newChaos(t *testing.T, nodes int, rng *rand.Rand, sum *tally) *chaos {
 		x.builds[upgraded] = bin
 	}
 	x.cluster = newCluster(t, options{nodes: nodes, founders: nodes, apart: true, disk: "128m", idle: true, config: map[string]any{
-		"autopilot.stabilization": "1s", "raft.snapshot_threshold": 256, "raft.snapshot_interval": "2s", "raft.trailing_logs": 256,
+		"autopilot.stabilization": "1s", "http.idle_timeout": "20s", "raft.snapshot_threshold": 256, "raft.snapshot_interval": "2s", "raft.trailing_logs": 256,
 	}})
+	// A vote or a term that could not be made durable ends the process, and Raft's way to do that is a panic.
+	x.foretold = []string{"panic: failed to save current term: input/output error"}
 	for _, s := range x.nodes {
 		s.bin, s.env = x.builds[false], []string{clockVariable + "=" + filepath.Join(s.dir, "clock")}
 		s.start()

@@ -59,6 +59,9 @@ type cluster struct {
 	nodes []*server
 	net   *network // nil when all nodes are on loopback
 
+	// foretold are texts that a log may hold although they look like a defect.
+	foretold []string
+
 	mu      sync.Mutex
 	clients map[string]*api.Client // by their addresses
 }
@@ -428,7 +431,7 @@ func (c *cluster) suspicious(s *server) {
 	}
 	for line := range strings.SplitSeq(string(raw), "\n") {
 		for _, word := range []string{"DATA RACE", "panic:", "fatal error:", "goroutine 1 ["} {
-			if strings.Contains(line, word) {
+			if strings.Contains(line, word) && !slices.ContainsFunc(c.foretold, func(text string) bool { return strings.Contains(line, text) }) {
 				c.t.Errorf("%s logged: %s", s.name, line)
 			}
 		}

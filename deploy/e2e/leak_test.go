@@ -101,7 +101,7 @@ func (c *cluster) sameAs(before map[string]holdings) {
 	c.t.Helper()
 	c.hangUp()
 	for _, s := range c.nodes {
-		err := within(2*time.Minute, func() error { // idle connections of clients are closed after a while
+		err := within(4*time.Minute, func() error { // connections that were cut are given up after a while
 			now, err := s.holdings()
 			if err != nil {
 				return err

@@ -47,7 +47,8 @@ func (c *Cluster) as(ctx context.Context, token string, i int, method, path, bod
 func (c *Cluster) newToken(t testing.TB, name string) (parent, child string) {
 	t.Helper()
 	ctx := t.Context()
-	text := `path "demo/*" { capabilities = ["create", "read", "update", "delete", "list"] } path "auth/token/create" { capabilities = ["update"] }`
+	text := `path "demo/*" { capabilities = ["create", "read", "update", "delete", "list"] }
+path "auth/token/create" { capabilities = ["update"] }`
 	raw, err := json.Marshal(map[string]string{"policy": text})
 	if err != nil {
 		t.Fatal(err)

@@ -296,7 +296,7 @@ type notes struct{ lines []string }
 // note keeps what a run has seen, without what may differ between runs.
 func (a at) note(format string, args ...any) {
 	text := fmt.Sprintf(format, args...)
-	a.notes.lines = append(a.notes.lines, plain(strings.ReplaceAll(text, a.N, "N")))
+	a.notes.lines = append(a.notes.lines, strings.ReplaceAll(plain(text), a.N, "N"))
 }
 
 // What differs between two runs of the same scenario: ids, times, tokens, addresses, indexes.

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"hash"
+	"slices"
 	"strings"
 	"sync"
 
@@ -102,7 +103,7 @@ func (w *walk) value(v any, top bool) any {
 		}
 	case map[string]any:
 		for k, e := range t {
-			if top && contains(w.clear, k) {
+			if top && slices.Contains(w.clear, k) {
 				continue
 			}
 			t[k] = w.value(e, false)
@@ -127,15 +128,6 @@ func (w *walk) remember(secret, hashed string) {
 		}
 		w.seen[secret] = hashed
 	}
-}
-
-func contains(list []string, s string) bool {
-	for _, e := range list {
-		if e == s {
-			return true
-		}
-	}
-	return false
 }
 
 // scrub takes out of a text what was hashed elsewhere in the record: errors like to repeat what they were given. The longest

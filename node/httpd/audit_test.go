@@ -47,6 +47,7 @@ func (m *memAudit) Record(e *api.AuditEntry) error {
 
 func (m *memAudit) Hash(text string) (string, error) { return "hmac-sha256:of-" + text, nil }
 func (m *memAudit) Headers() []string                { return []string{"user-agent", "x-correlation-id"} }
+
 func (m *memAudit) Describe() api.AuditDevice {
 	return api.AuditDevice{Type: "file", Path: "file/", Options: map[string]string{"file_path": "/var/log/audit.log"}}
 }

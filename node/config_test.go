@@ -423,6 +423,7 @@ func TestWarningsTellWhatWorksAndIsUnwise(t *testing.T) {
 	}
 	cfg = valid()
 	cfg.HTTP.TLSCertFile, cfg.HTTP.TLSKeyFile = "c", "k"
+	cfg.Seal.KeyFile = "s"
 	if got := cfg.Warnings(); len(got) != 0 {
 		t.Errorf("warnings about a sound configuration: %q", got)
 	}

@@ -55,7 +55,7 @@ func TestReapTakesOrphansAndNobodyElsesChildren(t *testing.T) {
 
 func TestProcessesDieWithTheirSpawner(t *testing.T) {
 	s := NewSpawner()
-	cmd := exec.CommandContext(t.Context(), "/bin/sleep", "300")
+	cmd := exec.CommandContext(t.Context(), "/bin/sleep", "10")
 	if err := s.Start(cmd); err != nil {
 		t.Fatal(err)
 	}

@@ -49,7 +49,6 @@ func Simulate(t *testing.T, opt Options, dir string) *Result {
 		}
 		c.alive = alive
 		defer c.beat()()
-		defer exactly()()
 		if err := c.simulate(res); err != nil {
 			c.bad("%v", err)
 		}

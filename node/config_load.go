@@ -104,7 +104,7 @@ func (k key) text() string {
 		return ""
 	}
 	text := fmt.Sprint(k.value.Interface())
-	if list, ok := k.value.Interface().([]string); ok {
+	if list, ok := reflect.TypeAssert[[]string](k.value); ok {
 		return strings.Join(list, ",")
 	}
 	if k.value.Type() == durationType {

@@ -28,9 +28,9 @@ type delay struct {
 }
 
 const (
-	nfqPacket, nfqVerdict, nfqConfig = 3<<8 | 0, 3<<8 | 1, 3<<8 | 2 // NFNL_SUBSYS_QUEUE and the message
-	nfqCfgCmd, nfqCfgParams          = 1, 2                         // attributes of nfqConfig
-	nfqHeader, nfqVerdictHeader      = 1, 2                         // attributes of nfqPacket and nfqVerdict
+	nfqPacket, nfqVerdict, nfqConfig = 3 << 8, 3<<8 | 1, 3<<8 | 2 // NFNL_SUBSYS_QUEUE and the message
+	nfqCfgCmd, nfqCfgParams          = 1, 2                       // attributes of nfqConfig
+	nfqHeader, nfqVerdictHeader      = 1, 2                       // attributes of nfqPacket and nfqVerdict
 	nfqBind, nfqCopyMeta, nfAccept   = 1, 1, 1
 	queueNumber                      = 7
 )

@@ -3,6 +3,7 @@ package httpd
 import (
 	"encoding/json"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
@@ -306,9 +307,7 @@ func (r *recorder) hold(err error) {
 		}
 	}
 	clear(h)
-	for name, v := range kept {
-		h[name] = v
-	}
+	maps.Copy(h, kept)
 	h.Set("Content-Type", "application/json")
 	r.ResponseWriter.WriteHeader(r.status)
 	raw, merr := json.Marshal(api.ErrorBody{Errors: []string{err.Error()}})

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -192,12 +193,7 @@ func TestEveryPluginPathAgainstEveryIdentity(t *testing.T) {
 	w.policy("", "other", `path "team/kv/*" `+caps(all))
 	w.policy("team/", "inside", `path "kv/*" `+caps(all))
 	is := func(p string, of ...string) bool {
-		for _, s := range of {
-			if p == s {
-				return true
-			}
-		}
-		return false
+		return slices.Contains(of, p)
 	}
 	never := func(string, string, operation) bool { return false }
 	ids := []identity{

@@ -185,9 +185,9 @@ func (c *Cluster) places(saved []byte) map[string][]byte {
 }
 
 // search tells for each canary where it stands.
-func (k *canaries) search(places map[string][]byte) map[string][]string {
+func (c *canaries) search(places map[string][]byte) map[string][]string {
 	found := map[string][]string{}
-	for way, text := range k.text {
+	for way, text := range c.text {
 		for _, form := range forms(text) {
 			for place, raw := range places {
 				if bytes.Contains(raw, form) && !slices.Contains(found[way], place) {

@@ -1,6 +1,9 @@
 package check
 
-import "math"
+import (
+	"math"
+	"slices"
+)
 
 // never is the time of what has not happened, or may happen at any time.
 const never = math.MaxInt64
@@ -60,11 +63,8 @@ func (j *judge) names() {
 // each calls fn for the events of the kinds given, in order of time.
 func (j *judge) each(fn func(e *Event), kinds ...EventKind) {
 	for i := range j.run.Events {
-		for _, k := range kinds {
-			if j.run.Events[i].Kind == k {
-				fn(&j.run.Events[i])
-				break
-			}
+		if slices.Contains(kinds, j.run.Events[i].Kind) {
+			fn(&j.run.Events[i])
 		}
 	}
 }

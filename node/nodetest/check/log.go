@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -104,7 +105,7 @@ func (h *handler) look(r slog.Record) {
 }
 
 func (h *handler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return &handler{node: h.node, next: h.next.WithAttrs(attrs), with: append(h.with[:len(h.with):len(h.with)], attrs...)}
+	return &handler{node: h.node, next: h.next.WithAttrs(attrs), with: append(slices.Clip(h.with), attrs...)}
 }
 
 func (h *handler) WithGroup(name string) slog.Handler {

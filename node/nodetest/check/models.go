@@ -40,6 +40,7 @@ func (j *judge) linearizable(invariant, what string, model porcupine.Model, ops 
 		j.bad(invariant, ids, "no order of the %d operations on %s explains what they answered", len(history), what)
 	case porcupine.Unknown:
 		j.Undecided = append(j.Undecided, invariant+": "+what)
+	case porcupine.Ok:
 	}
 }
 

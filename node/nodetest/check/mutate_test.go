@@ -42,8 +42,6 @@ func event(run *Run, rng *rand.Rand, fits func(e *Event) bool) *Event {
 	return all[rng.IntN(len(all))]
 }
 
-func kind(k EventKind) func(e *Event) bool { return func(e *Event) bool { return e.Kind == k } }
-
 // change changes a random event of a kind.
 func changeEvent(k EventKind, fits func(e *Event) bool, do func(run *Run, e *Event)) func(*Run, *rand.Rand) bool {
 	return func(run *Run, rng *rand.Rand) bool {

@@ -187,10 +187,9 @@ func (j *judge) generations() {
 // leftBehind: once a reload is done, no request that begins later is answered by a generation below it, on any node.
 func (j *judge) leftBehind() {
 	type row struct {
-		done  int64
-		bad   bool // somebody kept the old one, and the record says so
-		gen   map[string]uint64
-		local bool
+		done int64
+		bad  bool // somebody kept the old one, and the record says so
+		gen  map[string]uint64
 	}
 	rows := map[string]*row{}
 	at := func(id string) *row {

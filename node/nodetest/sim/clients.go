@@ -3,7 +3,6 @@ package sim
 import (
 	"fmt"
 	"net/http"
-
 	"time"
 
 	"rollcall/node/nodetest/check"

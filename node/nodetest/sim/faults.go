@@ -290,8 +290,10 @@ func (n *nemesis) loss() *broken {
 		return &broken{"all", fmt.Sprintf("%g", p/4), n.c.wires.disturb(5*time.Millisecond, p/4, links(all, all)...), 3 * time.Second, 20 * time.Second}
 	}
 	m := n.some()
-	return &broken{m.name, fmt.Sprintf("%g", p), n.c.wires.disturb(5*time.Millisecond, p, both([]string{m.name}, n.others(m, false))...),
-		3 * time.Second, 20 * time.Second}
+	return &broken{
+		m.name, fmt.Sprintf("%g", p), n.c.wires.disturb(5*time.Millisecond, p, both([]string{m.name}, n.others(m, false))...),
+		3 * time.Second, 20 * time.Second,
+	}
 }
 
 func (n *nemesis) delay() *broken {

@@ -64,6 +64,7 @@ func (l *launcher) Ensure(ctx context.Context, spec *commandv1.Spec) error {
 	case hang:
 		<-ctx.Done()
 		return fault.Wrap(context.Cause(ctx), "verify", spec.GetCommand())
+	case fine:
 	}
 	return nil
 }
@@ -82,6 +83,7 @@ func (l *launcher) Start(ctx context.Context, _ string, spec *commandv1.Spec) (r
 			return nil, err
 		}
 		return nil, fault.New(fault.Refused, "start", spec.GetName(), "hangs before the handshake")
+	case fine:
 	}
 	if err := wait(ctx, l.temper.between(15*time.Millisecond, 80*time.Millisecond)); err != nil {
 		return nil, err

@@ -25,7 +25,6 @@ type operator struct {
 	sent []sentReload
 	// second asks the same of another node at the same time.
 	second *caller
-	extra  int
 	// away is a member that was told to leave.
 	count int
 }

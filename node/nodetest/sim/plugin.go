@@ -99,6 +99,7 @@ func (b *backend) phase(ctx context.Context, op string) error {
 		case hang:
 			<-ctx.Done()
 			return fault.New(fault.Refused, op, b.p.spec.GetName(), "the plugin did not return in the time it has")
+		case fine:
 		}
 		return nil
 	})
@@ -143,7 +144,7 @@ func (b *backend) Initialize(ctx context.Context) error {
 		return fault.As(fault.Refused, err, "initialize", b.p.spec.GetName())
 	}
 	return b.call(ctx, "initialize", func(ctx context.Context) error {
-		_, err := in.add(ctx, "initialized", 1)
+		err := in.add(ctx, "initialized", 1)
 		if err != nil && !supervisor.IsReadOnlyText(err.Error()) {
 			return fault.As(fault.Refused, err, "initialize", b.p.spec.GetName())
 		}
@@ -283,7 +284,7 @@ func (b *backend) do(ctx context.Context, in *instance, req *pluginpb.Request) (
 		return "", fault.Text(fault.Invalid, "%v", err)
 	}
 	if body.Add != 0 {
-		_, err := in.add(ctx, key, body.Add)
+		err := in.add(ctx, key, body.Add)
 		return "", err
 	}
 	b.p.l.handled(req.GetMountPoint(), key, body.Value)
@@ -349,12 +350,12 @@ func (in *instance) set(ctx context.Context, key, value string) error {
 }
 
 // add counts a number up. The caller holds lock, but in Initialize, when nobody else calls.
-func (in *instance) add(ctx context.Context, key string, n int64) (int64, error) {
+func (in *instance) add(ctx context.Context, key string, n int64) error {
 	old, err := in.get(ctx, key)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	sum, _ := strconv.ParseInt(strings.TrimSpace(old), 10, 64)
 	sum += n
-	return sum, in.set(ctx, key, strconv.FormatInt(sum, 10))
+	return in.set(ctx, key, strconv.FormatInt(sum, 10))
 }

@@ -12,6 +12,10 @@ func init() {
 			name: "missing on one, and no peer gives it", prepare: (*badCluster).missingOnOne, words: "no peer gave it",
 			arm: at(failpoint.ContentFetch, "the peer's disk is gone"),
 		},
+		badness{
+			name: "wrong sha256 on one, and no peer gives the right one", prepare: (*badCluster).replaced, words: "registered is",
+			arm: at(failpoint.ContentFetch, "the peer's disk is gone"),
+		},
 		badness{name: "cannot be executed on one", arm: at(failpoint.ProcessExec, "exec format error"), words: "exec format error"},
 		badness{name: "dies after its handshake on one", arm: at(failpoint.ProcessHandshake, "connection reset"), words: "connection reset"},
 		badness{name: "fails in its trial on one", arm: at(failpoint.ReloadTrial, "no room to try it"), words: "no room to try it"},

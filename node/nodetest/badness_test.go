@@ -39,7 +39,7 @@ var badKinds = []badness{
 	{name: "hang", args: []string{"-fail", "hang"}, words: "2s"},
 	{name: "setup", args: []string{"-fail", "setup"}, words: "told to fail in Setup"},
 	{name: "initialize", args: []string{"-fail", "initialize"}, words: "told to fail in Initialize"},
-	{name: "wrong sha256", prepare: (*badCluster).replaced, words: "registered is"},
+	{name: "wrong sha256", prepare: (*badCluster).late, arm: (*badCluster).wrong, everywhere: true, words: "registered is"},
 	{name: "missing everywhere", prepare: (*badCluster).missing, everywhere: true, words: "no peer gave it"},
 	{name: "other CPU", prepare: (*badCluster).foreign, everywhere: true, words: "built for another machine"},
 }
@@ -85,6 +85,18 @@ func sumOf(raw []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// late: the file comes after it was registered, and is another one.
+func (b *badCluster) late(int) (string, string) {
+	return "late", sumOf([]byte("nothing has these bytes either"))
+}
+
+func (b *badCluster) wrong(int) func() {
+	for i := range b.nodes {
+		b.put(i, "late", b.self)
+	}
+	return func() {}
+}
+
 // replaced: the file of one node is another one than was registered.
 func (b *badCluster) replaced(bad int) (string, string) {
 	raw := append(append([]byte(nil), b.self...), "replaced"...)
@@ -95,6 +107,25 @@ func (b *badCluster) replaced(bad int) (string, string) {
 	}
 	b.put(bad, "replaced", b.self)
 	return "replaced", sumOf(raw)
+}
+
+// TestANodeWhoseFileWasReplacedGetsTheRegisteredBytesFromAPeer: what is in its plugin directory is not run, and does not
+// keep it from following.
+func TestANodeWhoseFileWasReplacedGetsTheRegisteredBytesFromAPeer(t *testing.T) {
+	b := startBad(t, 3)
+	b.Register("demo", "v1.0.0")
+	b.Enable("demo", "demo", "v1.0.0")
+	command, sum := b.replaced(2)
+	_, err := b.Client(0).RegisterPlugin(t.Context(), "secret", "demo", api.RegisterRequest{
+		SHA256: sum, Version: "v1.1.0", Command: command, Args: []string{pluginArg, "-version", "v1.1.0"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rec := b.Reload(2, api.ReloadRequest{Plugin: "demo", Scope: "global", Version: "v1.1.0"}); rec.Outcome != api.OutcomeSucceeded {
+		t.Fatalf("%s (%s): %+v", rec.Outcome, rec.Why, rec.Nodes)
+	}
+	b.everyNodeSays(t, "v1.1.0")
 }
 
 // missing: it was registered, and is nowhere.

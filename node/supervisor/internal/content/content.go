@@ -153,9 +153,8 @@ func (s *Store) Hash(ctx context.Context, command string) (string, error) {
 }
 
 // Ensure has the bytes of sha in the store, verified: from the store, else from the plugin directory, else from a
-// peer. A file in the plugin directory whose hash is another one is refused, not passed over: somebody put it there
-// on purpose or by mistake, and either has to be looked at. Errors: fault.Refused, fault.Invalid, fault.TooLarge,
-// or the fetcher's.
+// peer. A file in the plugin directory whose hash is another one is never used; it is told in the log, and the peers are
+// asked as if it were not there. Errors: fault.Refused, fault.Invalid, fault.TooLarge, or the fetcher's.
 func (s *Store) Ensure(ctx context.Context, command, sha string) error {
 	if !ValidSHA256(sha) {
 		return fault.New(fault.Invalid, "check sha256", fmt.Sprintf("%q", sha), "it is not 64 lower-case hex digits")
@@ -211,20 +210,33 @@ func (s *Store) ensure(ctx context.Context, command, sha string) error {
 	case !fault.Is(err, fault.NotFound):
 		return err
 	}
+	var wrong *mismatch
 	if command != "" {
 		err := s.fromPluginDir(ctx, command, sha)
-		if err == nil || !fault.Is(err, fault.NotFound) {
+		switch {
+		case err == nil:
+			return nil
+		case errors.As(err, &wrong):
+			s.cfg.Logger.Warn("the file in the plugin directory is not the registered one; asking the other nodes for that",
+				"command", command, "registered", sha, "found", wrong.got)
+		case !fault.Is(err, fault.NotFound):
 			return err
 		}
 	}
-	if s.cfg.Fetch == nil {
-		return fault.New(fault.Refused, "find plugin", command, "there is no such file in the plugin directory %s", s.cfg.PluginDir)
+	var err error = fault.Text(fault.Refused, "there are none to ask")
+	if s.cfg.Fetch != nil {
+		err = s.add(sha, func(w io.Writer) error { return s.cfg.Fetch.Fetch(ctx, sha, w) })
 	}
-	if err := s.add(sha, func(w io.Writer) error { return s.cfg.Fetch.Fetch(ctx, sha, w) }); err != nil {
+	switch {
+	case err == nil:
+		return nil
+	case wrong != nil && ctx.Err() == nil:
+		return fault.New(fault.Refused, "verify plugin", command, "the file in the plugin directory has sha256 %s, registered is %s, "+
+			"and no peer gave that: %w; put the registered file there", wrong.got, sha, err)
+	default:
 		return fault.New(fault.KindOf(err), "find plugin", command,
 			"it is not in the plugin directory %s, and no peer gave it: %w", s.cfg.PluginDir, err)
 	}
-	return nil
 }
 
 func (s *Store) fromPluginDir(ctx context.Context, command, sha string) error {
@@ -233,15 +245,10 @@ func (s *Store) fromPluginDir(ctx context.Context, command, sha string) error {
 		return err
 	}
 	defer f.Close()
-	err = s.add(sha, func(w io.Writer) error {
+	return s.add(sha, func(w io.Writer) error {
 		_, err := s.copyHash(ctx, w, f)
 		return err
 	})
-	if wrong, ok := errors.AsType[*mismatch](err); ok {
-		return fault.New(fault.Refused, "verify plugin", command, "the file in the plugin directory has sha256 %s, registered is %s; "+
-			"put the registered file there, or remove this one so that it comes from another node", wrong.got, sha)
-	}
-	return err
 }
 
 // mismatch says which bytes came instead.

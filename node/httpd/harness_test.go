@@ -397,10 +397,10 @@ func (c *fakeCluster) Restore(_ context.Context, in io.Reader, _ string) (uint64
 	return 99, err
 }
 
-// fakeLeases enters what it is asked to.
+// fakeLeases enters what it is asked to, and says that so many are left; takes fewer are left each time.
 type fakeLeases struct {
-	w    *world
-	left int
+	w           *world
+	left, takes int
 }
 
 func (l *fakeLeases) Renew(_ context.Context, id string, increment time.Duration, _ []byte) (*Renewed, error) {
@@ -414,5 +414,6 @@ func (l *fakeLeases) Revoke(_ context.Context, which *commandv1.RevokeLeases, by
 	which = proto.CloneOf(which)
 	which.Force = true
 	_, err := l.w.enter(&commandv1.Command{ByToken: by, Body: &commandv1.Command_RevokeLeases{RevokeLeases: which}})
+	l.left = max(0, l.left-l.takes)
 	return l.left, err
 }

@@ -495,6 +495,24 @@ func TestLeasesAreLookedUpRenewedAndRevoked(t *testing.T) {
 	w.call("PUT", "sys/leases/revoke", `{"lease_id":"kv/creds/xy/3","sync":true}`).want(t, 400, "not revoked yet")
 }
 
+func TestADisabledMountWaitsForItsPluginAsLongAsThatTakesLeasesBack(t *testing.T) {
+	w := newWorld(t)
+	lent := func(path string, n int) {
+		m := w.mount("", path)
+		for i := range n {
+			w.must(&commandv1.Command{Body: &commandv1.Command_PutLease{PutLease: &commandv1.PutLease{Lease: &commandv1.Lease{
+				Id: fmt.Sprintf("%screds/%d", path, i), MountUuid: m.GetUuid(), Path: "creds", TtlNs: uint64(time.Hour), Renewable: true,
+			}}}})
+		}
+	}
+	lent("kv/", 9)
+	w.leases.left, w.leases.takes = 9, 2
+	w.call("DELETE", "sys/mounts/kv", "").want(t, 204)
+	lent("dead/", 9)
+	w.leases.left, w.leases.takes = 9, 0
+	w.call("DELETE", "sys/mounts/dead", "").want(t, 200, "9 leases of dead/ could not be revoked")
+}
+
 func TestUIMountsShowWhatTheCallerHasBusinessWith(t *testing.T) {
 	w := newWorld(t)
 	w.mount("", "kv/")

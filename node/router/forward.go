@@ -60,7 +60,7 @@ func (p *passage) away(ctx context.Context) (*Response, error) {
 				return resp.facts(), err
 			}
 			return resp, nil
-		case !more || ctx.Err() != nil || time.Now().After(end):
+		case !more || ctx.Err() != nil || !time.Now().Before(end): // at its end exactly, too: the pause is cut to it
 			if lost := p.released(); lost != nil && !unrun(err) {
 				return resp.facts(), lost
 			}

@@ -131,7 +131,7 @@ func ValidCommand(command string) error {
 		return bad("it holds a byte that no file name in the plugin directory may have")
 	case filepath.IsAbs(command):
 		return bad("it is absolute; give a name relative to the plugin directory")
-	case !filepath.IsLocal(command) || filepath.Clean(command) != command:
+	case !filepath.IsLocal(command) || filepath.Clean(command) != command || command == ".":
 		return bad("it leaves the plugin directory or is not in its shortest form")
 	}
 	return nil
@@ -230,6 +230,8 @@ func (s *Store) ensure(ctx context.Context, command, sha string) error {
 	switch {
 	case err == nil:
 		return nil
+	case s.cfg.Fetch == nil && wrong == nil:
+		return fault.New(fault.Refused, "find plugin", command, "there is no such file in the plugin directory %s", s.cfg.PluginDir)
 	case wrong != nil && ctx.Err() == nil:
 		return fault.New(fault.Refused, "verify plugin", command, "the file in the plugin directory has sha256 %s, registered is %s, "+
 			"and no peer gave that: %w; put the registered file there", wrong.got, sha, err)

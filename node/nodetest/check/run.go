@@ -186,6 +186,9 @@ type Meta struct {
 	Nodes []string `json:"nodes,omitempty"`
 	// Grace is how long after a fault has been healed its consequences are forgiven (I10), in nanoseconds. Default 30 s.
 	Grace int64 `json:"grace,omitempty"`
+	// Settle is how long after the last heal a node may say at the latest that it runs what it should (I8), in nanoseconds.
+	// Default 30 s; more where the suite looks at that itself and asks the nodes later.
+	Settle int64 `json:"settle,omitempty"`
 	// Ended is when the run was over, on the recorder's clock.
 	Ended int64 `json:"ended,omitempty"`
 }

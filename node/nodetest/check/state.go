@@ -1,17 +1,18 @@
 package check
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
 
-// settleTime is how long after the last fault every node must run what is wanted.
+// settleTime is how long after the last fault every node must run what is wanted, where the run does not say.
 const settleTime = int64(30 * time.Second)
 
 // converged is I8: after everything is healed every node runs what it should, soon, and the nodes that should run the same
 // run the same bytes.
 func (j *judge) converged() {
-	healed := j.lastHeal()
+	healed, settle := j.lastHeal(), cmp.Or(j.run.Meta.Settle, settleTime)
 	type wanted struct {
 		mount string
 		gen   uint64
@@ -23,7 +24,7 @@ func (j *judge) converged() {
 		if e.Generation != e.Want {
 			j.bad("I8", nil, "%s runs generation %d of %s at the end and should run %d", e.Node, e.Generation, e.Mount, e.Want)
 		}
-		if healed != never && healed > 0 && e.At > healed+settleTime {
+		if healed != never && healed > 0 && e.At > healed+settle {
 			j.bad("I8", nil, "%s took %v from the last heal until it ran what it should of %s", e.Node, time.Duration(e.At-healed), e.Mount)
 		}
 		k := wanted{e.Mount, e.Generation}

@@ -65,6 +65,8 @@ func Simulate(t *testing.T, opt Options, dir string) *Result {
 func (c *cluster) simulate(res *Result) error {
 	c.rec.Describe(func(m *check.Meta) {
 		m.Suite, m.Seed = "simulation", c.opt.Seed
+		// rest waits for the nodes itself, and asks them what they run after one more reload, which may have waited.
+		m.Settle = int64(10 * time.Minute)
 		for _, k := range c.members {
 			m.Nodes = append(m.Nodes, k.name)
 		}

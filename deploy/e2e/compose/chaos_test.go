@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -65,7 +66,7 @@ var troubles = []trouble{
 		x.docker("update", "--cpus", "0.05", id)
 		return func() { x.docker("update", "--cpus", "2", id) }
 	}},
-	{"volume replaced", time.Second, func(x *chaos, n int) func() {
+	{emptied, time.Second, func(x *chaos, n int) func() {
 		x.docker("rm", "-f", x.container(service(n)))
 		x.docker("volume", "rm", fmt.Sprintf("%s_%s", project, service(n)))
 		return x.up
@@ -79,6 +80,9 @@ var troubles = []trouble{
 		return x.up
 	}},
 }
+
+// emptied is the kind of fault that takes a node's identity with its disk.
+const emptied = "volume replaced"
 
 func pause(x *chaos, n int) func() {
 	id := x.container(service(n))
@@ -199,7 +203,7 @@ func (x *chaos) step(k trouble) {
 	undo()
 	healed()
 	began := time.Now()
-	until(x.t, 60*time.Second, "every node serves again", func() error { return x.settled(id) })
+	until(x.t, 60*time.Second, "every node serves again", func() error { return x.settled(id, n, k.kind == emptied) })
 	x.slowest = max(x.slowest, time.Since(began))
 }
 
@@ -217,8 +221,9 @@ func (x *chaos) reload(n int) string {
 	return id
 }
 
-// settled says what is missing until every node serves what is wanted, and a reload is over, if it was ever taken.
-func (x *chaos) settled(id string) error {
+// settled says what is missing until every node serves what is wanted, and a reload is over, if it was ever taken. A node that
+// lost its disk is another one now: the one that it was stays pending for ever.
+func (x *chaos) settled(id string, victim int, lost bool) error {
 	ctx, cancel := context.WithTimeout(x.t.Context(), 5*time.Second)
 	defer cancel()
 	for n := 1; n <= 3; n++ {
@@ -245,7 +250,9 @@ func (x *chaos) settled(id string) error {
 	if fault.Is(err, fault.NotFound) {
 		return nil
 	}
-	if err == nil && (!api.Ended(rec.Phase) || len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack) {
+	owing := err == nil && len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack &&
+		(!lost || !slices.Equal(rec.Pending, []string{service(victim)}))
+	if err == nil && (!api.Ended(rec.Phase) || owing) {
 		return fmt.Errorf("reload %s is %s, pending %v", id, rec.Phase, rec.Pending)
 	}
 	return err

@@ -60,7 +60,9 @@ func Main(args []string, stderr io.Writer) int {
 		_, _ = fmt.Fprintln(stderr, "demo plugin: told to fail at its start")
 		return 3
 	case "hang":
-		select {} //nolint:staticcheck // what it was told to do
+		for { // a wait without a timer is a deadlock to the runtime, which would end the process
+			time.Sleep(time.Hour)
+		}
 	}
 	if o.database {
 		pluginserver.ServeDatabase(&database{options: o, connections: map[string]*connection{}}, !o.single)

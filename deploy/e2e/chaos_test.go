@@ -286,12 +286,22 @@ func (x *chaos) over() error {
 		if err != nil {
 			return fmt.Errorf("reload %s (acknowledged: %t): %w", id, x.accepted[id], err)
 		}
+		if rec.Paused {
+			x.decide(rec)
+		}
 		// One that was rolled back is owed nothing any more: the rollback has a record of its own.
 		if !api.Ended(rec.Phase) || len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack {
 			return fmt.Errorf("not over:\n%s", tell(rec))
 		}
 	}
 	return nil
+}
+
+// decide is the operator of a reload that waits for one: a gate that could not hear every node of its wave pauses.
+func (x *chaos) decide(rec *api.Reload) {
+	action := []string{"promote", "abort"}[rec.ID[len(rec.ID)-1]%2] // for half of the ids, always the same
+	_, err := x.any().ControlReload(timeout(x.t, short), rec.ID, action, "nobody waits in this test")
+	x.note("%s %s, which was paused: %s (%v)", action, rec.ID, rec.Why, err)
 }
 
 func (x *chaos) sleep(milliseconds int) {

@@ -467,7 +467,7 @@ func (c *loader) put(ctx context.Context, key, value string, on int) (version in
 	case lostRace, refused:
 		op.Outcome, op.Refused = check.Failed, o == lostRace
 	}
-	c.complete(op, err)
+	c.complete(ctx, op, err)
 	return version, o, err
 }
 
@@ -510,7 +510,7 @@ func (c *loader) look(ctx context.Context, kind check.Kind, key string) (kvValue
 	if err != nil {
 		op.Outcome = check.Failed
 	}
-	c.complete(op, err)
+	c.complete(ctx, op, err)
 	if err != nil {
 		return kvValue{}, false, err
 	}
@@ -556,9 +556,12 @@ func (c *loader) invoke(kind check.Kind, key, input string) check.Op {
 	return op
 }
 
-func (c *loader) complete(op check.Op, err error) {
+func (c *loader) complete(ctx context.Context, op check.Op, err error) {
 	if c.l.opt.rec == nil {
 		return
+	}
+	if err != nil && ctx.Err() != nil {
+		return // the end of the load cut it off: to the checker it has no answer, and nobody to blame
 	}
 	if err != nil {
 		op.Cause = err.Error()[:min(len(err.Error()), 300)]

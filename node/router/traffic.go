@@ -31,8 +31,8 @@ type meter struct {
 	now  func() time.Time
 	cur  atomic.Pointer[tally]
 	hand atomic.Pointer[window]
-	// during is set while a switch is under way.
-	during atomic.Pointer[around]
+	// open is the record of the switch under way, or an idle one; never nil.
+	open atomic.Pointer[around]
 
 	mu   sync.Mutex
 	last *around
@@ -48,9 +48,12 @@ type window struct {
 type around struct {
 	served, held, failed, drained, canceled atomic.Uint64
 	took                                    hist
-	// pending are the requests that came while the switch was under way and are not answered yet.
+	// pending are the requests that came while this was the meter's record and are not answered yet.
 	pending atomic.Int64
 	before  time.Duration
+	// idle is a record between switches: it counts only who is in flight, for the switch that begins next.
+	idle       bool
+	next, prev atomic.Pointer[around]
 	// after is the tally of the generation that came to serve; nil until then.
 	after atomic.Pointer[tally]
 }
@@ -59,26 +62,26 @@ func newMeter(now func() time.Time) *meter {
 	m := &meter{now: now}
 	m.cur.Store(&tally{})
 	m.hand.Store(&window{from: now(), cur: &hist{}})
+	m.open.Store(&around{idle: true})
 	return m
 }
 
-// arrive takes note of a request that begins; nil while no switch is under way.
+// arrive takes note of a request that begins; leave must follow.
 func (m *meter) arrive() *around {
-	a := m.during.Load()
-	if a != nil {
-		a.pending.Add(1)
-	}
+	a := m.open.Load()
+	a.pending.Add(1)
 	return a
 }
 
-// leave takes note of its end. Those that were in flight when the switch began count too.
-func (m *meter) leave(a *around, took time.Duration, held, failed bool) {
-	if a == nil {
-		if a = m.during.Load(); a == nil {
+// leave takes note of its end. Those that were in flight when the switch began count too, also where the switch is over before
+// they get here: an instance is drained when they have left it, which is a moment earlier.
+func (m *meter) leave(arrived *around, took time.Duration, held, failed bool) {
+	defer arrived.pending.Add(-1)
+	a := arrived
+	if a.idle {
+		if a = a.next.Load(); a == nil {
 			return
 		}
-	} else {
-		a.pending.Add(-1)
 	}
 	a.served.Add(1)
 	if held {
@@ -124,14 +127,16 @@ func (m *meter) roll() *hist {
 func (m *meter) begin() *around {
 	m.roll()
 	w := m.hand.Load()
-	a := &around{before: quantile(.99, w.cur, w.prev)}
-	m.during.Store(a)
+	a, idle := &around{before: quantile(.99, w.cur, w.prev)}, m.open.Load()
+	a.prev.Store(idle)
+	idle.next.Store(a)
+	m.open.Store(a)
 	return a
 }
 
 // end closes the record. With a generation, that one serves from now on, and is counted from nothing unless it did before.
 func (m *meter) end(a *around, generation uint64) {
-	m.during.CompareAndSwap(a, nil)
+	m.open.CompareAndSwap(a, &around{idle: true})
 	if generation != 0 {
 		t := m.cur.Load()
 		if t.generation != generation {
@@ -148,9 +153,10 @@ func (m *meter) end(a *around, generation uint64) {
 // relabel lets the same instance go on counting under another generation, from nothing.
 func (m *meter) relabel(generation uint64) { m.cur.Store(&tally{generation: generation}) }
 
-// settle waits, bounded, for the requests that the switch held.
+// settle waits, bounded, for the requests that the switch held, and for those that were in flight when it began.
 func (a *around) settle(limit time.Duration) {
-	for end := time.Now().Add(limit); a.pending.Load() > 0 && time.Now().Before(end); {
+	prev := a.prev.Swap(nil)
+	for end := time.Now().Add(limit); a.pending.Load()+prev.pending.Load() > 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 }

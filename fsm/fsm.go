@@ -21,8 +21,9 @@ const MaxElapsed = uint64(time.Minute)
 
 // Observer hears of changes as they are applied.
 type Observer interface {
-	// StorageChanged names the keys of a mount that one entry wrote or deleted. It is called on Apply's goroutine after
-	// the entry is visible in View, and must not block. keys must not be mutated.
+	// StorageChanged names the keys of a mount that one entry wrote or deleted. It is called on Apply's goroutine, when the
+	// entry is about to be visible: whoever gets a View with it gets it after every observer was told. It must neither block
+	// nor ask for a View. keys must not be mutated.
 	StorageChanged(mountUUID string, keys []string, index uint64)
 	// Restored says that the whole state was replaced by a snapshot with this index. Same goroutine, same rule.
 	Restored(index uint64)
@@ -66,8 +67,8 @@ func (f *FSM) Apply(l *raft.Log) any {
 	res, notes := f.apply(l)
 	f.witness(l, res)
 	f.publish()
-	f.mu.Unlock()
 	f.notify(notes)
+	f.mu.Unlock()
 	return res
 }
 
@@ -85,8 +86,8 @@ func (f *FSM) ApplyBatch(logs []*raft.Log) []any {
 		out[i], notes = res, append(notes, n...)
 	}
 	f.publish()
-	f.mu.Unlock()
 	f.notify(notes)
+	f.mu.Unlock()
 	return out
 }
 

@@ -398,6 +398,50 @@ func TestAClientReadsItsOwnWriteThroughANodeThatIsFarBehind(t *testing.T) {
 	})
 }
 
+// While a follower's instance is switched its reads are the leader's, which may know more than the follower has applied.
+// Afterwards the node must not show the past: found by chaos on processes, with a slow disk under a follower.
+func TestAReadNeverGoesBackBehindWhatTheLeaderAnswered(t *testing.T) {
+	c, m, _ := three(t, nil, nil)
+	n1, n2 := c.nodes[0], c.nodes[1]
+	m = c.commit(m)
+	n1.up(t, m, newFake("n1 new"))
+	f := newFake("n2 new")
+	var seen *Response
+	f.onInit = func(context.Context, supervisor.Storage) (err error) {
+		n2.setBehind(true)
+		if _, err = n1.do(opUpdate, "kv/x", `{"value":"new"}`); err == nil {
+			seen, err = n2.do(opRead, "kv/x", "")
+		}
+		return err
+	}
+	n2.up(t, m, f)
+	if field(seen, "value") != "new" || seen.Node != "n1" || seen.Index == 0 {
+		t.Fatalf("while it was switched, n2 answered %+v", seen)
+	}
+	if r, err := n2.do(opRead, "kv/x", ""); err != nil || field(r, "value") != "new" || r.Node != "n1" {
+		t.Fatalf("after the switch: %v, %v from %+v", field(r, "value"), err, r)
+	}
+	// It must find back to its own reads also while others go on writing: each answer of the leader's raises what is owed.
+	n2.setBehind(false)
+	ended, stop := context.WithCancel(t.Context())
+	defer stop()
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		for i := 0; ended.Err() == nil; i++ {
+			if _, err := n1.do(opUpdate, "kv/x", fmt.Sprintf(`{"value":"%d"}`, i)); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	eventually(t, "it answers by itself again", func() bool {
+		r, err := n2.do(opRead, "kv/x", "")
+		return err == nil && r.Node == "n2"
+	})
+	stop()
+	writer.Wait()
+}
+
 func TestAnOverflowingQueueSetsTheInstanceUpAgain(t *testing.T) {
 	c, m, fakes := three(t, nil, func(cfg *Config) { cfg.QueueKeys = 8 })
 	stuck, goOn := make(chan struct{}), make(chan struct{})

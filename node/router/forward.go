@@ -103,16 +103,46 @@ func (p *passage) fresh(resp *Response) (err error, more bool) {
 }
 
 // told waits, bounded, until this node's own instance knows of what the request wrote, so that a client that stays here
-// reads its own writes. Where it does not, because the node is behind, reads go to the leader until it does.
+// reads its own writes. Where it does not, because the node is behind, reads go to the leader until it does. A read that
+// was answered by the leader is not held up: what its client has seen is owed to whoever reads here next.
 func (p *passage) told(ctx context.Context, resp *Response) {
 	switch {
 	case resp.wrote == 0:
+	case !p.writes():
+		raise(&p.rt.owed, resp.wrote)
 	case p.rt.gate.lane[readLane].Load() == nil:
 		raise(&p.rt.owed, resp.wrote) // what is set up next may be set up on an older state
 	case !p.rt.inval.wait(ctx, resp.wrote, p.r.cfg.ToldWait):
 		raise(&p.rt.owed, resp.wrote)
 		p.r.metrics.untold.Inc()
 	}
+}
+
+// The read of a client that may know more than this node's instance waits a moment for it. Where that was in vain the node
+// is behind, and for a while such reads go to the leader at once; one that went there always would raise what is owed each
+// time, and a node that is only a little behind would never be asked again.
+const (
+	catchUp     = 50 * time.Millisecond
+	behindAgain = time.Second
+)
+
+// current says whether the instance here knows what clients of this node may know already. Where none is ready, the gate
+// decides.
+func (rt *route) current(ctx context.Context) bool {
+	owed := rt.owed.Load()
+	if rt.inval.told.Load() >= owed || rt.gate.lane[readLane].Load() == nil {
+		return true
+	}
+	now := int64(time.Since(rt.r.began))
+	if last := rt.behind.Load(); last > 0 && now-last < int64(behindAgain) {
+		return false
+	}
+	if rt.inval.wait(ctx, owed, catchUp) {
+		rt.behind.Store(0)
+		return true
+	}
+	rt.behind.Store(now)
+	return false
 }
 
 // send runs one attempt. more says that the request certainly did not take effect and that another attempt may do better.

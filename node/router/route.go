@@ -28,8 +28,11 @@ type route struct {
 	leaderOnly atomic.Bool
 	// floor is the generation below which this node has promised to release nothing more.
 	floor atomic.Uint64
-	// owed is the index of the newest write that was acknowledged through this node before its instance was told of it.
+	// owed is the index of the newest entry that a client of this node may know of, from an answer of the leader's, before
+	// this node's instance was told of it.
 	owed atomic.Uint64
+	// behind is when, on the router's clock, this node's instance was last waited for in vain.
+	behind atomic.Int64
 	// forwards counts the requests that this node has given to the leader; replaced at every switch, so that those
 	// before it can be waited for.
 	forwards atomic.Pointer[refs]

@@ -78,7 +78,8 @@ type Response struct {
 	// Mount is the mount as this node's state has it.
 	Mount *commandv1.Mount
 
-	// wrote is the index of the mount's newest entry that the instance itself has written; what a forwarder waits for.
+	// wrote is the index of the mount's newest entry that the answer may depend on: of a write, what the instance itself has
+	// written; of a read, what it could see. A forwarder waits for the first, and goes back behind neither.
 	wrote uint64
 	// hasCheck and found answer an existence check.
 	hasCheck, found bool
@@ -99,6 +100,7 @@ type Router struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
+	began   time.Time
 	// routes is keyed by mount uuid; its values are *route.
 	routes sync.Map
 
@@ -116,7 +118,7 @@ func New(cfg Config) (*Router, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, "register metrics of", "node/router")
 	}
-	r := &Router{cfg: cfg, log: cfg.Logger, metrics: mt}
+	r := &Router{cfg: cfg, log: cfg.Logger, metrics: mt, began: time.Now()}
 	r.ctx, r.cancel = context.WithCancelCause(context.Background())
 	return r, nil
 }
@@ -233,12 +235,11 @@ func known(op string) bool {
 	}
 }
 
-// laneOf answers where an operation may run: reads wherever they arrive, everything else on the leader. So do reads while
-// this node's instance has not been told of a write that was acknowledged through this node.
+// laneOf answers where an operation may run: reads wherever they arrive, everything else on the leader.
 func laneOf(op string, m *commandv1.Mount, rt *route) int {
 	switch op {
 	case opRead, opList, opHelp, opExists:
-		if leaderOnly(m) || rt.leaderOnly.Load() || rt.inval.told.Load() < rt.owed.Load() {
+		if leaderOnly(m) || rt.leaderOnly.Load() {
 			return writeLane
 		}
 		return readLane

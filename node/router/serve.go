@@ -87,6 +87,9 @@ func (p *passage) run(ctx context.Context) (*Response, error) {
 
 // travel finds the way: here, or to the leader, until the request is answered.
 func (p *passage) travel(ctx context.Context) (*Response, error) {
+	if p.lane == readLane && !p.rt.current(ctx) {
+		p.lane = writeLane
+	}
 	var not *instance
 	for try := 0; ; try++ {
 		if err := p.lease(); err != nil {
@@ -224,9 +227,12 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 		}
 		return resp, then, err
 	}
-	if p.writes() {
+	switch {
+	case p.writes():
 		resp.wrote = in.store.last.Load()
 		resp.Index = max(resp.Index, resp.wrote)
+	case in.leader:
+		resp.wrote = max(p.rt.inval.newest.Load(), in.store.last.Load())
 	}
 	if err := p.finish(ctx, in, resp); err != nil {
 		resp.Plugin = nil

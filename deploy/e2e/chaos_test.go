@@ -30,6 +30,8 @@ type chaos struct {
 	broken   int      // how often it did not return in time
 	asked    []string // reloads since the last fault
 	accepted map[string]bool
+	// decided are the pauses of reloads that the test has answered as their operator.
+	decided map[string]bool
 	tally    *tally
 	before   map[string]holdings // what every node held before the first fault
 	rec      *check.Recorder
@@ -105,7 +107,7 @@ func runChaos(t *testing.T, nodes int, length time.Duration, deck *deck, sum *ta
 // newChaos starts a cluster whose nodes have networks, disks and clocks of their own. Small logs make snapshots travel.
 func newChaos(t *testing.T, nodes int, rng *rand.Rand, sum *tally) *chaos {
 	t.Helper()
-	x := &chaos{rng: rng, builds: map[bool]string{}, accepted: map[string]bool{}, tally: sum, rec: check.NewRecorder()}
+	x := &chaos{rng: rng, builds: map[bool]string{}, accepted: map[string]bool{}, decided: map[string]bool{}, tally: sum, rec: check.NewRecorder()}
 	x.rec.Describe(func(m *check.Meta) {
 		m.Suite, m.Seed = "chaos on processes", sum.seed
 		m.Command = fmt.Sprintf("ROLLCALL_SEED=%d go test -tags=e2e -run TestChaosLoses ./deploy/e2e/", sum.seed)
@@ -299,6 +301,10 @@ func (x *chaos) over() error {
 
 // decide is the operator of a reload that waits for one: a gate that could not hear every node of its wave pauses.
 func (x *chaos) decide(rec *api.Reload) {
+	if x.decided[rec.ID+rec.Why] {
+		return
+	}
+	x.decided[rec.ID+rec.Why] = true
 	action := []string{"promote", "abort"}[rec.ID[len(rec.ID)-1]%2] // for half of the ids, always the same
 	_, err := x.any().ControlReload(timeout(x.t, short), rec.ID, action, "nobody waits in this test")
 	x.note("%s %s, which was paused: %s (%v)", action, rec.ID, rec.Why, err)

@@ -2,7 +2,9 @@ package sim
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -130,23 +132,20 @@ func (n *nemesis) begun(kind string, b *broken) {
 	})
 }
 
-// healAll ends every fault.
+// healAll ends every fault, all at once: a node boots only when the disk below it hangs no longer, which is another's end.
 func (n *nemesis) healAll() {
 	n.wg.Wait()
-	for {
-		n.mu.Lock()
-		var end func()
-		for id := range n.next {
-			if end = n.under[id]; end != nil {
-				break
-			}
-		}
-		n.mu.Unlock()
-		if end == nil {
-			return
-		}
-		end()
+	n.mu.Lock()
+	ids := slices.Sorted(maps.Keys(n.under))
+	ends := make([]func(), len(ids))
+	for i, id := range ids {
+		ends[i] = n.under[id]
 	}
+	n.mu.Unlock()
+	for _, end := range ends {
+		n.wg.Go(end)
+	}
+	n.wg.Wait()
 }
 
 // some is a member by chance; the leader is meant more often than the others.

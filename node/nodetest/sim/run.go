@@ -40,7 +40,7 @@ func Simulate(t *testing.T, opt Options, dir string) *Result {
 	res := &Result{Options: opt, Reloads: map[string]int{}}
 	began := time.Now()
 	log, alive := &journal{}, &pulse{}
-	defer alive.watch(res.Command())()
+	defer alive.watch(opt.For, res.Command())()
 	synctest.Test(t, func(t *testing.T) {
 		from := time.Now()
 		c, err := newCluster(opt, dir, log.handler(from))

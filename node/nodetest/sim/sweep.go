@@ -33,7 +33,7 @@ func Kill(t *testing.T, k Case, opt Options, dir string) *Result {
 	res := &Result{Options: opt, Reloads: map[string]int{}, Faults: map[string]int{"kill": 1}}
 	began := time.Now()
 	log, alive := &journal{}, &pulse{}
-	defer alive.watch(k.String())()
+	defer alive.watch(0, k.String())()
 	synctest.Test(t, func(t *testing.T) {
 		from := time.Now()
 		c, err := newCluster(opt, dir, log.handler(from))

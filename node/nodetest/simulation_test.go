@@ -20,6 +20,7 @@ import (
 	"testing/cryptotest"
 	"time"
 
+	"rollcall/node/nodetest/exact"
 	"rollcall/node/nodetest/sim"
 )
 
@@ -29,6 +30,9 @@ import (
 //	go test ./node/nodetest -run Simulation -seed 7 -for 10m -nodes 5      one run, again
 //	go test ./node/nodetest -run Simulation -long 3m -v                    fresh seeds for three minutes, and the table
 //	go test ./node/nodetest -run Simulation -again 20 -for 1m -v           twenty fresh seeds twice: how many repeat
+//
+// All but the first run each seed in a process whose runtime is changed so that a seed repeats to the last step (package
+// exact). With -exact=false they run in this one, as the first does: under -race, for instance.
 var (
 	simSeed    = flag.Uint64("seed", 0, "simulate this seed alone")
 	simFor     = flag.Duration("for", 5*time.Minute, "virtual time of load and faults in one run")
@@ -36,6 +40,8 @@ var (
 	simLong    = flag.Duration("long", 0, "simulate fresh seeds for this long; default $ROLLCALL_SIMULATE")
 	simAgain   = flag.Int("again", 0, "simulate so many fresh seeds twice, and tell how many repeat")
 	simOut     = flag.String("out", os.TempDir(), "where the folder of a run that is not good goes")
+	simExact   = flag.Bool("exact", true, "run seeds that are asked for in a process that repeats exactly")
+	simKeep    = flag.Bool("keep", false, "keep the record of a good run too")
 	simSummary = flag.String("summary", "", "write the table of the runs to this file, as JSON")
 )
 
@@ -53,7 +59,17 @@ func TestSimulation(t *testing.T) {
 		again(t)
 		return
 	case *simSeed != 0:
-		simulate(t, table, sim.Options{Seed: *simSeed, For: *simFor, Nodes: *simNodes})
+		opt := sim.Options{Seed: *simSeed, For: *simFor, Nodes: *simNodes}
+		if os.Getenv(apartVariable) != "" || !*simExact {
+			simulate(t, table, opt)
+			break
+		}
+		one, out, err := exactly(t).apart(t, opt)
+		t.Logf("in a process of its own:\n%s", out)
+		if err != nil {
+			t.Error(err)
+		}
+		table.Merge(one)
 	case length(t) > 0:
 		campaign(t, table, length(t))
 	default:
@@ -94,20 +110,29 @@ func length(t *testing.T) time.Duration {
 func simulate(t *testing.T, table *sim.Table, opt sim.Options) {
 	t.Helper()
 	t.Run(fmt.Sprintf("seed %d", opt.Seed), func(t *testing.T) {
-		// One processor, and whatever randomness can be seeded: so a seed repeats as far as it can.
+		// One processor, and whatever randomness can be seeded: so a seed repeats as far as it can without package exact.
 		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 		rand.Seed(int64(opt.Seed)) //nolint:staticcheck // raft draws its time-outs from there
 		cryptotest.SetGlobalRandom(t, opt.Seed)
-		r := sim.Simulate(t, opt, t.TempDir())
+		dir := "nodes" // in this process's own folder, see longAs
+		if os.Getenv(apartVariable) == "" {
+			dir = t.TempDir()
+		}
+		r := sim.Simulate(t, opt, dir)
 		report := r.Judge()
 		table.Add(r, report)
 		t.Logf("traces: %v", r.Traces())
-		if report.Good() && len(r.Wrong) == 0 {
+		good := report.Good() && len(r.Wrong) == 0
+		if good && !*simKeep {
 			return
 		}
 		dir, err := r.Save(*simOut, report)
 		if err != nil {
 			t.Errorf("keep the run: %v", err)
+		}
+		if good {
+			t.Logf("history, events, faults and log: %s", dir)
+			return
 		}
 		t.Errorf("%s\n%v\nagain: %s\nhistory, events, faults and log: %s", strings.Join(r.Wrong, "\n"), report.Err(), r.Command(), dir)
 	})
@@ -116,10 +141,52 @@ func simulate(t *testing.T, table *sim.Table, opt sim.Options) {
 // sizes of clusters, by seed.
 var sizes = []int{3, 5, 3, 5, 7}
 
+// apartVariable is set in the environment of a process that simulates one seed and does nothing else.
+const apartVariable = "ROLLCALL_APART"
+
+// runner starts simulations, each in a process of its own.
+type runner struct {
+	binary string
+	exact  bool
+}
+
+// buildLimit is what building the exact binary may take: two minutes of one processor when nothing is cached, seconds after.
+const buildLimit = 10 * time.Minute
+
+// exactly is a runner whose seeds repeat.
+func exactly(t *testing.T) runner {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	binary, err := exact.Build(ctx, ".", t.TempDir())
+	if err != nil {
+		t.Fatalf("%v\nwith -exact=false a seed runs with the runtime as it is, and does not repeat exactly", err)
+	}
+	return runner{binary: binary, exact: true}
+}
+
+// ifPossible is exactly where that can be had, and else a runner whose seeds are only a hint.
+func ifPossible(t *testing.T) runner {
+	t.Helper()
+	plain := runner{binary: os.Args[0]}
+	if !*simExact {
+		return plain
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	binary, err := exact.Build(ctx, ".", t.TempDir())
+	if err != nil {
+		t.Logf("these seeds do not repeat exactly: %v", err)
+		return plain
+	}
+	return runner{binary: binary, exact: true}
+}
+
 // campaign runs the committed seeds and then fresh ones, each in a process of its own, with the command that is printed
 // for it, and as many at once as there are processors. It stops at the first that is not good.
 func campaign(t *testing.T, table *sim.Table, long time.Duration) {
 	t.Helper()
+	run := ifPossible(t)
 	first := randv2.Uint64N(1 << 40)
 	t.Logf("fresh seeds from %d, for %v", first, long)
 	todo := append([]sim.Options(nil), regressions...)
@@ -140,7 +207,7 @@ func campaign(t *testing.T, table *sim.Table, long time.Duration) {
 	for range runtime.NumCPU() {
 		wg.Go(func() {
 			for opt, more := next(); more; opt, more = next() {
-				one, err := apart(t, opt)
+				one, _, err := run.apart(t, opt)
 				if err != nil {
 					t.Error(err)
 				}
@@ -153,37 +220,60 @@ func campaign(t *testing.T, table *sim.Table, long time.Duration) {
 	wg.Wait()
 }
 
-// apart runs one seed in a process of its own.
-func apart(t *testing.T, opt sim.Options) (*sim.Table, error) {
+// apart runs one seed in a process of its own, in a folder of its own, and returns what it said.
+func (r runner) apart(t *testing.T, opt sim.Options) (*sim.Table, string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
-	summary := filepath.Join(t.TempDir(), fmt.Sprint(opt.Seed))
-	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestSimulation$", "-test.timeout=7m", "-test.v", "-seed", fmt.Sprint(opt.Seed),
-		"-for", opt.For.String(), "-nodes", fmt.Sprint(opt.Nodes), "-out", *simOut, "-summary", summary)
+	dir := longAs(t.TempDir(), 160)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return &sim.Table{}, "", err
+	}
+	out, err := filepath.Abs(*simOut)
+	if err != nil {
+		return &sim.Table{}, "", err
+	}
+	args := []string{
+		"-test.run=^TestSimulation$", "-test.timeout=7m", "-test.v", "-seed", fmt.Sprint(opt.Seed), "-for", opt.For.String(),
+		"-nodes", fmt.Sprint(opt.Nodes), "-out", out, "-summary", "summary", fmt.Sprintf("-keep=%v", *simKeep),
+	}
+	cmd := exec.CommandContext(ctx, r.binary, args...)
+	cmd.Dir = dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) } // it tells what every goroutine does
 	cmd.WaitDelay = 10 * time.Second
-	cmd.Env = append(os.Environ(), "ROLLCALL_SIMULATE=")
-	out, err := cmd.CombinedOutput()
+	cmd.Env = append(os.Environ(), "ROLLCALL_SIMULATE=", apartVariable+"=1")
+	if r.exact {
+		cmd.Env = append(cmd.Env, exact.Env(opt.Seed)...)
+	}
+	said, err := cmd.CombinedOutput()
 	if err != nil {
-		err = fmt.Errorf("seed %d: %w\n%s", opt.Seed, err, out)
+		err = fmt.Errorf("seed %d: %w\n%s", opt.Seed, err, said)
 	}
 	table := &sim.Table{}
-	if raw, rerr := os.ReadFile(summary); rerr == nil {
+	if raw, rerr := os.ReadFile(filepath.Join(dir, "summary")); rerr == nil {
 		if jerr := json.Unmarshal(raw, table); jerr != nil {
-			return table, jerr
+			return table, string(said), jerr
 		}
 	} else if err == nil {
-		err = fmt.Errorf("seed %d: nothing came of it:\n%s", opt.Seed, out)
+		err = fmt.Errorf("seed %d: nothing came of it:\n%s", opt.Seed, said)
 	}
 	if cmd.ProcessState != nil {
 		table.CPU = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 	}
-	return table, err
+	return table, string(said), err
 }
 
-// again runs seeds twice and tells which traces are the same.
+// longAs is a folder below dir whose path has so many bytes: how long strings are takes part in where things lie in memory.
+func longAs(dir string, n int) string {
+	return filepath.Join(dir, strings.Repeat("x", max(1, n-len(dir)-1)))
+}
+
+// again runs seeds twice and tells which traces are the same: where seeds are exact, all.
 func again(t *testing.T) {
+	run := runner{binary: os.Args[0]}
+	if *simExact {
+		run = exactly(t)
+	}
 	first := *simSeed
 	if first == 0 {
 		first = randv2.Uint64N(1 << 40)
@@ -191,9 +281,10 @@ func again(t *testing.T) {
 	same := map[string]int{}
 	var names []string
 	for seed := first; seed < first+uint64(*simAgain); seed++ {
+		opt := sim.Options{Seed: seed, For: *simFor, Nodes: *simNodes}
 		var runs []*sim.Table
 		for range 2 {
-			one, err := apart(t, sim.Options{Seed: seed, For: *simFor, Nodes: *simNodes})
+			one, _, err := run.apart(t, opt)
 			if err != nil {
 				t.Error(err)
 			}
@@ -208,6 +299,8 @@ func again(t *testing.T) {
 			names = append(names, trace.Of)
 			if i < len(b) && trace.Hash == b[i].Hash {
 				same[trace.Of]++
+			} else {
+				t.Logf("seed %d: %s differ", seed, trace.Of)
 			}
 		}
 	}

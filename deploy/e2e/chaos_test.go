@@ -32,9 +32,9 @@ type chaos struct {
 	accepted map[string]bool
 	// decided are the pauses of reloads that the test has answered as their operator.
 	decided map[string]bool
-	tally    *tally
-	before   map[string]holdings // what every node held before the first fault
-	rec      *check.Recorder
+	tally   *tally
+	before  map[string]holdings // what every node held before the first fault
+	rec     *check.Recorder
 }
 
 // campaign is the length and the seed that the environment gives.

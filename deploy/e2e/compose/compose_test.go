@@ -153,11 +153,16 @@ func (c *cluster) client(n int) *api.Client {
 	return client
 }
 
-func start(t *testing.T) *cluster {
-	c := &cluster{t: t, compose: []string{"docker-compose"}}
+// composer is docker-compose, or the plugin where there is no such program.
+func composer() []string {
 	if _, err := exec.LookPath("docker-compose"); err != nil {
-		c.compose = []string{"docker", "compose"}
+		return []string{"docker", "compose"}
 	}
+	return []string{"docker-compose"}
+}
+
+func start(t *testing.T) *cluster {
+	c := &cluster{t: t, compose: composer()}
 	down := func() error {
 		_, err := c.composed("down", "-v", "--remove-orphans", "-t", "20")
 		return err

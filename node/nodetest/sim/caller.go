@@ -25,6 +25,8 @@ type caller struct {
 	host string
 	rng  *rand.Rand
 	http *http.Client
+	// in is set between two pauses: it may be calling.
+	in bool
 }
 
 // patience is how long a client waits for an answer.
@@ -60,7 +62,10 @@ func (c *cluster) hosts() []string {
 }
 
 // any is a node to ask: each is asked in turn, by chance, whether it runs or not.
-func (k *caller) any() string { return k.c.members[k.rng.IntN(len(k.c.members))].name }
+func (k *caller) any() string {
+	all := k.c.members()
+	return all[k.rng.IntN(len(all))].name
+}
 
 // answer is what came back.
 type answer struct {
@@ -89,13 +94,21 @@ func (a *answer) data(field string) string {
 func (k *caller) ask(node, method, path, token string, body any) (*answer, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	var in io.Reader = http.NoBody
+	var raw []byte
 	if body != nil {
-		raw, err := json.Marshal(body)
-		if err != nil {
+		var err error
+		if raw, err = json.Marshal(body); err != nil {
 			return nil, err
 		}
-		in = bytes.NewReader(raw)
+	}
+	return k.send(ctx, node, method, path, token, raw)
+}
+
+// send is ask with a body as it is, for as long as ctx says.
+func (k *caller) send(ctx context.Context, node, method, path, token string, body []byte) (*answer, error) {
+	var in io.Reader = http.NoBody
+	if body != nil {
+		in = bytes.NewReader(body)
 	}
 	req, err := http.NewRequestWithContext(ctx, method, k.c.member(node).api()+"/v1/"+path, in)
 	if err != nil {
@@ -151,8 +164,9 @@ func outcome(a *answer, err error) (check.Outcome, string) {
 	return check.Unknown, cause
 }
 
-// pause waits about d, or less when the load ends; it reports whether it goes on.
+// pause waits about d, or less when the load ends, and for as long as the gate is shut; it reports whether it goes on.
 func (k *caller) pause(d time.Duration) bool {
+	k.outside()
 	t := time.NewTimer(between(k.rng, d/2, 3*d/2))
 	defer t.Stop()
 	select {
@@ -163,6 +177,15 @@ func (k *caller) pause(d time.Duration) bool {
 	case <-k.c.ended:
 		return false
 	default:
-		return true
+		k.in = k.c.gate.enter(k.c.ended)
+		return k.in
 	}
+}
+
+// outside says that the caller calls nothing until its next pause.
+func (k *caller) outside() {
+	if k.in {
+		k.c.gate.leave()
+	}
+	k.in = false
 }

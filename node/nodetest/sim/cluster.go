@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -36,15 +37,18 @@ type cluster struct {
 	rec    *check.Recorder
 	alive  *pulse
 
-	members []*member
-	load    sync.WaitGroup // clients
-	ghosts  sync.WaitGroup // what is left of nodes that were killed
-	ended   chan struct{}  // closed when the load ends
+	founders []*member
+	spares   []*member // places for nodes that join while it runs
+	gate     *gate
+	load     sync.WaitGroup // clients
+	ghosts   sync.WaitGroup // what is left of nodes that were killed
+	ended    chan struct{}  // closed when the load ends
 
 	mu      sync.Mutex
 	pid     int
 	callers []*caller
-	newDisk time.Time // of the last replaced disk
+	extra   map[*member]bool // spares that belong to the cluster
+	newDisk time.Time        // of the last replaced disk
 	wrong   []string
 }
 
@@ -56,19 +60,24 @@ func newCluster(opt Options, dir string, log slog.Handler) (*cluster, error) {
 	}
 	c := &cluster{
 		log: log, opt: opt, dir: dir, ca: ca, token: "rc.simulation-root-token", wires: newWires(opt.Seed), pid: 100,
-		rec: check.NewRecorder(), ended: make(chan struct{}),
+		rec: check.NewRecorder(), ended: make(chan struct{}), gate: newGate(), extra: map[*member]bool{},
 	}
 	c.gossip = newGossip(c)
 	rng := rngOf(opt.Seed, "clocks")
-	for i := range opt.Nodes {
+	for i := range min(opt.Nodes+mostExtra, max(opt.Nodes, mostNodes)) {
 		// Within the drift of 5 % that leases allow for between any two.
-		c.members = append(c.members, newMember(c, fmt.Sprintf("n%d", i+1), (rng.Float64()-0.5)*0.045))
+		m := newMember(c, fmt.Sprintf("n%d", i+1), (rng.Float64()-0.5)*0.045)
+		if m.joins = i >= opt.Nodes; m.joins {
+			c.spares = append(c.spares, m)
+		} else {
+			c.founders = append(c.founders, m)
+		}
 	}
 	return c, nil
 }
 
 func (c *cluster) member(name string) *member {
-	for _, m := range c.members {
+	for _, m := range c.everywhere() {
 		if m.name == name {
 			return m
 		}
@@ -86,16 +95,25 @@ func (c *cluster) nextPID() int {
 func (c *cluster) logger(name string) *slog.Logger { return slog.New(c.log).With("node", name) }
 
 // gaveUp is told of a node that cannot go on, and was not asked to leave.
-func (c *cluster) gaveUp(m *member, err error) { c.bad("%s gave up: %v", m.name, err) }
+func (c *cluster) gaveUp(m *member, err error) {
+	if m.isLeaving() {
+		c.note("%s gave up while it was taken out: %v", m.name, err)
+		return
+	}
+	c.bad("%s gave up: %v", m.name, err)
+}
 
 // handled is told that plugin code on a node begins with a write.
 func (c *cluster) handled(node, mount, key, input string) {
+	if strings.HasPrefix(key, scratch) {
+		return // in no history
+	}
 	c.member(node).events.Event(check.Event{Kind: check.Handled, Mount: mount, Key: key, Input: input})
 }
 
 // replaced reports whether a disk was replaced not long ago, or some node is down: a second loss would be one too many.
 func (c *cluster) replaced() bool {
-	for _, m := range c.members {
+	for _, m := range c.members() {
 		if !m.up() {
 			return true
 		}
@@ -118,7 +136,7 @@ func (c *cluster) bad(format string, args ...any) {
 func (c *cluster) note(format string, args ...any) { c.logger("-").Info(fmt.Sprintf(format, args...)) }
 
 func (c *cluster) start() error {
-	for _, m := range c.members {
+	for _, m := range c.founders {
 		if err := m.start(); err != nil {
 			return fmt.Errorf("start %s: %w", m.name, err)
 		}
@@ -128,7 +146,7 @@ func (c *cluster) start() error {
 
 // leader is the member that leads, nil when none says so.
 func (c *cluster) leader() *member {
-	for _, m := range c.members {
+	for _, m := range c.members() {
 		if n := m.running(); n != nil && n.Replica().Role().Leader {
 			return m
 		}
@@ -141,7 +159,7 @@ func (c *cluster) settled(within time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	var errs []error
-	for _, m := range c.members {
+	for _, m := range c.members() {
 		if n := m.running(); n != nil {
 			errs = append(errs, n.Wait(ctx))
 		}
@@ -158,7 +176,7 @@ func (c *cluster) settled(within time.Duration) error {
 // stop ends every node, and waits for those that were killed.
 func (c *cluster) stop() {
 	var all sync.WaitGroup
-	for _, m := range c.members {
+	for _, m := range c.everywhere() {
 		all.Go(func() { m.stop(m.running()) })
 	}
 	all.Wait()

@@ -61,6 +61,8 @@ var kinds = []struct {
 	{"step down", 2, (*nemesis).stepDown},
 	{"leave", 1, (*nemesis).leave},
 	{"new disk", 1, (*nemesis).newDisk},
+	{"join", 2, (*nemesis).join},
+	{"leave for good", 1, (*nemesis).leaveForGood},
 	{"snapshot", 2, (*nemesis).snapshot},
 }
 
@@ -134,7 +136,6 @@ func (n *nemesis) begun(kind string, b *broken) {
 
 // healAll ends every fault, all at once: a node boots only when the disk below it hangs no longer, which is another's end.
 func (n *nemesis) healAll() {
-	n.wg.Wait()
 	n.mu.Lock()
 	ids := slices.Sorted(maps.Keys(n.under))
 	ends := make([]func(), len(ids))
@@ -142,7 +143,7 @@ func (n *nemesis) healAll() {
 		ends[i] = n.under[id]
 	}
 	n.mu.Unlock()
-	for _, end := range ends {
+	for _, end := range ends { // one that is ending already is waited for, with what it may need from the others
 		n.wg.Go(end)
 	}
 	n.wg.Wait()
@@ -150,17 +151,18 @@ func (n *nemesis) healAll() {
 
 // some is a member by chance; the leader is meant more often than the others.
 func (n *nemesis) some() *member {
-	i, leader := n.rng.IntN(len(n.c.members)), n.rng.IntN(10) < 3
-	if l := n.c.leader(); leader && l != nil {
+	staying := n.staying()
+	i, leader := n.rng.IntN(len(staying)), n.rng.IntN(10) < 3
+	if l := n.c.leader(); leader && l != nil && slices.Contains(staying, l) {
 		return l
 	}
-	return n.c.members[i]
+	return staying[i]
 }
 
-// others are the hosts of the members besides m, and of all clients where clients are meant too.
+// others are the hosts of all nodes besides m, those that join later too, and of all clients where clients are meant too.
 func (n *nemesis) others(m *member, clients bool) []string {
 	var out []string
-	for _, o := range n.c.members {
+	for _, o := range n.c.everywhere() {
 		if o != m {
 			out = append(out, o.name)
 		}
@@ -174,12 +176,12 @@ func (n *nemesis) others(m *member, clients bool) []string {
 // mayEnd says whether one more node may be down: the others must be a majority.
 func (n *nemesis) mayEnd() bool {
 	up := 0
-	for _, m := range n.c.members {
+	for _, m := range n.c.members() {
 		if m.up() {
 			up++
 		}
 	}
-	return (up-1)*2 > len(n.c.members)
+	return (up-1)*2 > len(n.c.members())
 }
 
 func (n *nemesis) kill(m *member, silent bool) *broken {
@@ -190,6 +192,9 @@ func (n *nemesis) kill(m *member, silent bool) *broken {
 }
 
 func (n *nemesis) boot(m *member) {
+	if !n.c.belongs(m) {
+		return // it was taken out meanwhile
+	}
 	if err := m.restart(); err != nil {
 		n.c.bad("%s does not start again: %v", m.name, err)
 	}
@@ -199,7 +204,7 @@ func (n *nemesis) killAll() *broken {
 	silent := n.rng.IntN(2) == 0
 	var dead []*member
 	var names []string
-	for _, m := range n.c.members {
+	for _, m := range n.staying() {
 		if m.kill(silent) {
 			dead, names = append(dead, m), append(names, m.name)
 		}
@@ -230,8 +235,9 @@ func (n *nemesis) isolate() *broken {
 
 func (n *nemesis) partition() *broken {
 	var a, b []string
-	for i, k := range n.rng.Perm(len(n.c.members)) {
-		if name := n.c.members[k].name; i <= (len(n.c.members)-1)/2 {
+	all := n.c.members()
+	for i, k := range n.rng.Perm(len(all)) {
+		if name := all[k].name; i <= (len(all)-1)/2 {
 			a = append(a, name)
 		} else {
 			b = append(b, name)
@@ -336,7 +342,7 @@ func (n *nemesis) pluginFails() *broken {
 	}
 	on := []*member{n.some()}
 	if n.rng.IntN(6) == 0 {
-		on = n.c.members
+		on = n.c.members()
 	}
 	var lift []func()
 	var names []string
@@ -373,12 +379,18 @@ func (n *nemesis) stepDown() *broken {
 // leave lets a node leave the cluster, and come back as a new one.
 func (n *nemesis) leave() *broken {
 	m := n.some()
-	if !n.mayEnd() || !m.up() || !n.op.leave(m) {
+	if !n.mayEnd() || !m.up() {
+		return nil
+	}
+	m.setLeaving(true)
+	if !n.op.leave(m) {
+		m.setLeaving(false)
 		return nil
 	}
 	return &broken{m.name, "", func() {
 		m.gone(time.Minute)
 		m.replace()
+		m.setLeaving(false)
 		n.boot(m)
 	}, 5 * time.Second, 20 * time.Second}
 }

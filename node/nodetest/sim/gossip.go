@@ -37,7 +37,7 @@ func (g *gossip) alive(name, id, address string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.members[name] = &rumour{peer: replica.Peer{NodeID: id, Name: name, Address: address}, seen: map[string]time.Time{}}
-	for _, m := range g.c.members {
+	for _, m := range g.c.everywhere() {
 		g.members[name].seen[m.name] = time.Now()
 	}
 	g.tell()
@@ -53,7 +53,7 @@ func (g *gossip) tell() {
 func (g *gossip) probe() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, m := range g.c.members {
+	for _, m := range g.c.everywhere() {
 		for name, r := range g.members {
 			if m.up() && g.c.member(name).up() && g.c.wires.open(m.name, name) && g.c.wires.open(name, m.name) {
 				r.seen[m.name] = time.Now()
@@ -79,7 +79,7 @@ func (s seenBy) Peers() []replica.Peer {
 	s.g.mu.Lock()
 	defer s.g.mu.Unlock()
 	var out []replica.Peer
-	for _, m := range s.g.c.members { // in a fixed order
+	for _, m := range s.g.c.everywhere() { // in a fixed order
 		r := s.g.members[m.name]
 		if r == nil || m.name == s.self {
 			continue

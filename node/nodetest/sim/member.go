@@ -24,7 +24,9 @@ type member struct {
 	disk   *disk
 	temper *temper
 	// drift is how much faster its clock runs than true time.
-	drift  float64
+	drift float64
+	// joins is a place for a node that joins while the cluster runs, and may be taken out of it again.
+	joins  bool
 	events *check.Node
 
 	stops sync.WaitGroup // graceful stops under way
@@ -36,6 +38,7 @@ type member struct {
 	launcher *launcher
 	over     chan struct{} // closed when this boot has ended
 	disks    int           // how often its disk was replaced
+	leaving  bool          // it is about to go, to come back as another node or never
 }
 
 func newMember(c *cluster, name string, drift float64) *member {
@@ -118,6 +121,12 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 	cfg := node.DefaultConfig()
 	cfg.Name, cfg.DataDir, cfg.PluginDir = m.name, m.path, m.path
 	cfg.BootstrapExpect = min(m.c.opt.Nodes, 3)
+	if m.joins {
+		cfg.BootstrapExpect = 0
+		for _, f := range m.c.founders {
+			cfg.RetryJoin = append(cfg.RetryJoin, f.name+":"+clusterPort)
+		}
+	}
 	cfg.HTTP.Listen, cfg.Cluster.Listen = m.name+":"+apiPort, m.name+":"+clusterPort
 	cfg.Raft.SnapshotThreshold, cfg.Raft.SnapshotInterval, cfg.Raft.TrailingLogs = 400, 20*time.Second, 200
 	cfg.Autopilot.Stabilization = 3 * time.Second

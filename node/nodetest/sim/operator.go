@@ -25,8 +25,9 @@ type operator struct {
 	sent []sentReload
 	// second asks the same of another node at the same time.
 	second *caller
-	// away is a member that was told to leave.
-	count int
+	count  int
+	// saved are the restores, in their order.
+	saved []*restore
 }
 
 type sentReload struct {
@@ -41,12 +42,12 @@ func (c *cluster) newOperator() *operator {
 // prepare makes the catalog and the mounts that everything else is about.
 func (o *operator) prepare() error {
 	for _, v := range versions {
-		if op := o.register(o.c.members[0].name, v); op.Outcome != check.OK {
+		if op := o.register(o.c.founders[0].name, v); op.Outcome != check.OK {
 			return fmt.Errorf("register %s: %s", v, op.Cause)
 		}
 	}
 	for _, path := range []string{"kv", "other"} {
-		a, err := o.ask(o.c.members[0].name, http.MethodPost, "sys/mounts/"+path, o.c.token, map[string]any{
+		a, err := o.ask(o.c.founders[0].name, http.MethodPost, "sys/mounts/"+path, o.c.token, map[string]any{
 			"type": plugin, "config": map[string]string{"plugin_version": versions[0]},
 		})
 		if err := told(a, err); err != nil {
@@ -74,8 +75,9 @@ func told(a *answer, err error) error {
 
 // work acts until the load ends.
 func (o *operator) work() {
+	defer o.outside()
 	for o.pause(4 * time.Second) {
-		switch o.rng.IntN(14) {
+		switch o.rng.IntN(16) {
 		case 0, 1, 2, 3, 4, 5:
 			o.reload()
 		case 6:
@@ -90,6 +92,8 @@ func (o *operator) work() {
 			o.race()
 		case 12:
 			o.tune()
+		case 13, 14:
+			o.saveAndRestore()
 		default:
 			o.status()
 		}
@@ -282,7 +286,21 @@ func (o *operator) leave(m *member) bool {
 
 // running are the reloads that have not ended, as a node tells; false when none answers.
 func (o *operator) running() (ids []string, paused []string, ok bool) {
-	for _, m := range o.c.members {
+	all, ok := o.reloads()
+	for _, r := range all {
+		if !api.Ended(r.Phase) {
+			ids = append(ids, r.ID)
+			if r.Paused {
+				paused = append(paused, r.ID)
+			}
+		}
+	}
+	return ids, paused, ok
+}
+
+// reloads are those that a node tells of; false when none answers.
+func (o *operator) reloads() ([]*api.Reload, bool) {
+	for _, m := range o.c.members() {
 		a, err := o.ask(m.name, http.MethodGet, "sys/reloads", o.c.token, nil)
 		if told(a, err) != nil {
 			continue
@@ -295,15 +313,7 @@ func (o *operator) running() (ids []string, paused []string, ok bool) {
 		if json.Unmarshal(a.body, &env) != nil {
 			continue
 		}
-		for _, r := range env.Data.Reloads {
-			if !api.Ended(r.Phase) {
-				ids = append(ids, r.ID)
-				if r.Paused {
-					paused = append(paused, r.ID)
-				}
-			}
-		}
-		return ids, paused, true
+		return env.Data.Reloads, true
 	}
-	return nil, nil, false
+	return nil, false
 }

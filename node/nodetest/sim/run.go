@@ -67,9 +67,7 @@ func (c *cluster) simulate(res *Result) error {
 		m.Suite, m.Seed = "simulation", c.opt.Seed
 		// rest waits for the nodes itself, and asks them what they run after one more reload, which may have waited.
 		m.Settle = int64(10 * time.Minute)
-		for _, k := range c.members {
-			m.Nodes = append(m.Nodes, k.name)
-		}
+		m.Nodes = c.names()
 	})
 	if err := c.start(); err != nil {
 		return err
@@ -96,6 +94,8 @@ func (c *cluster) simulate(res *Result) error {
 	c.load.Wait()
 	nem.healAll()
 	begun()
+	c.tally(res)
+	c.rec.Describe(func(m *check.Meta) { m.Nodes = c.names() })
 	defer stop()
 	return errors.Join(c.rest(op, res))
 }
@@ -104,7 +104,7 @@ func (c *cluster) simulate(res *Result) error {
 func (c *cluster) probes() (stop func()) {
 	return every(time.Second, func() {
 		c.gossip.probe()
-		for _, m := range c.members {
+		for _, m := range c.members() {
 			m.disk.sync()
 		}
 	})
@@ -144,6 +144,10 @@ func (c *cluster) rest(op *operator, res *Result) error {
 	if err := c.settled(restWithin); err != nil {
 		return fmt.Errorf("%v after the last heal: %w", time.Since(healed), err)
 	}
+	if err := c.membership(restWithin); err != nil {
+		return fmt.Errorf("%v after the last heal: %w", time.Since(healed), err)
+	}
+	op.restoreEnds()
 	if err := c.reloadsEnd(op); err != nil {
 		return err
 	}
@@ -157,6 +161,7 @@ func (c *cluster) rest(op *operator, res *Result) error {
 		return err
 	}
 	c.finals(op)
+	op.scratches()
 	c.whatRuns()
 	c.countReloads(res)
 	return nil
@@ -209,7 +214,7 @@ func (c *cluster) finals(op *operator) {
 
 // whatRuns tells the record what every node runs, and what it should.
 func (c *cluster) whatRuns() {
-	for _, m := range c.members {
+	for _, m := range c.members() {
 		n := m.running()
 		if n == nil {
 			c.bad("%s does not run at the end", m.name)

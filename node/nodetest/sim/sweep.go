@@ -69,7 +69,7 @@ type sweep struct {
 func (s *sweep) run(res *Result) error {
 	s.rec.Describe(func(m *check.Meta) {
 		m.Suite, m.Seed = "kill sweep", s.opt.Seed
-		for _, k := range s.members {
+		for _, k := range s.members() {
 			m.Nodes = append(m.Nodes, k.name)
 		}
 	})
@@ -106,7 +106,7 @@ func (s *sweep) up() error {
 	}
 	// Once more, into the history: where the reload is aborted, nothing else tells that these bytes may run.
 	op, _ := s.op.call(check.Op{Kind: check.Register, Key: "secret/" + plugin + "/" + s.new, Input: hashOf(commandOf(s.new))},
-		s.members[0].name, http.MethodPut, "sys/plugins/catalog/secret/"+plugin, s.token, map[string]any{
+		s.founders[0].name, http.MethodPut, "sys/plugins/catalog/secret/"+plugin, s.token, map[string]any{
 			"version": s.new, "command": commandOf(s.new), "sha256": hashOf(commandOf(s.new)),
 		})
 	s.op.finish(op)
@@ -119,7 +119,7 @@ func (s *sweep) killed() (string, error) {
 	victim := leader
 	if s.at.Victim == Follower {
 		for victim == leader {
-			victim = s.members[s.op.rng.IntN(len(s.members))]
+			victim = s.members()[s.op.rng.IntN(len(s.members()))]
 		}
 	}
 	died := make(chan func(), 1)
@@ -157,7 +157,7 @@ func (s *sweep) killed() (string, error) {
 		return "", fmt.Errorf("%v (generation %d) became %v (%d) when %s returned", before.GetPhase(), before.GetGeneration(),
 			after.GetPhase(), after.GetGeneration(), victim.name)
 	}
-	for _, m := range s.members {
+	for _, m := range s.members() {
 		if err := s.insist(m); err != nil {
 			return "", fmt.Errorf("the same id through %s: %w", m.name, err)
 		}
@@ -210,7 +210,7 @@ func (s *sweep) oneOutcome() (*commandv1.Reload, error) {
 func (s *sweep) look() (*commandv1.Reload, error) {
 	var first *commandv1.Reload
 	all := true
-	for _, m := range s.members {
+	for _, m := range s.members() {
 		n := m.running()
 		if n == nil {
 			all = false
@@ -236,7 +236,7 @@ func (s *sweep) look() (*commandv1.Reload, error) {
 	if committed {
 		version = s.new
 	}
-	for _, m := range s.members {
+	for _, m := range s.members() {
 		if err := s.runs(m, version); err != nil {
 			return nil, err
 		}

@@ -156,13 +156,11 @@ const buildLimit = 10 * time.Minute
 // exactly is a runner whose seeds repeat.
 func exactly(t *testing.T) runner {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
-	defer cancel()
-	binary, err := exact.Build(ctx, ".", t.TempDir())
+	run, err := build(t)
 	if err != nil {
 		t.Fatalf("%v\nwith -exact=false a seed runs with the runtime as it is, and does not repeat exactly", err)
 	}
-	return runner{binary: binary, exact: true}
+	return run
 }
 
 // ifPossible is exactly where that can be had, and else a runner whose seeds are only a hint.
@@ -172,14 +170,24 @@ func ifPossible(t *testing.T) runner {
 	if !*simExact {
 		return plain
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
-	defer cancel()
-	binary, err := exact.Build(ctx, ".", t.TempDir())
+	run, err := build(t)
 	if err != nil {
 		t.Logf("these seeds do not repeat exactly: %v", err)
 		return plain
 	}
-	return runner{binary: binary, exact: true}
+	return run
+}
+
+func build(t *testing.T) (runner, error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), buildLimit)
+	defer cancel()
+	dir, err := longAs(t.TempDir())
+	if err != nil {
+		return runner{}, err
+	}
+	binary, err := exact.Build(ctx, ".", dir)
+	return runner{binary: binary, exact: true}, err
 }
 
 // campaign runs the committed seeds and then fresh ones, each in a process of its own, with the command that is printed
@@ -225,8 +233,8 @@ func (r runner) apart(t *testing.T, opt sim.Options) (*sim.Table, string, error)
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
-	dir := longAs(t.TempDir(), 160)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	dir, err := longAs(t.TempDir())
+	if err != nil {
 		return &sim.Table{}, "", err
 	}
 	out, err := filepath.Abs(*simOut)
@@ -241,10 +249,11 @@ func (r runner) apart(t *testing.T, opt sim.Options) (*sim.Table, string, error)
 	cmd.Dir = dir
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) } // it tells what every goroutine does
 	cmd.WaitDelay = 10 * time.Second
-	cmd.Env = append(os.Environ(), "ROLLCALL_SIMULATE=", apartVariable+"=1")
-	if r.exact {
-		cmd.Env = append(cmd.Env, exact.Env(opt.Seed)...)
+	cmd.Env = append(os.Environ(), "ROLLCALL_SIMULATE=")
+	if r.exact { // with nothing but what it needs: what else stands in an environment takes place in memory
+		cmd.Env = exact.Env(opt.Seed)
 	}
+	cmd.Env = append(cmd.Env, apartVariable+"=1")
 	said, err := cmd.CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("seed %d: %w\n%s", opt.Seed, err, said)
@@ -263,9 +272,12 @@ func (r runner) apart(t *testing.T, opt sim.Options) (*sim.Table, string, error)
 	return table, string(said), err
 }
 
-// longAs is a folder below dir whose path has so many bytes: how long strings are takes part in where things lie in memory.
-func longAs(dir string, n int) string {
-	return filepath.Join(dir, strings.Repeat("x", max(1, n-len(dir)-1)))
+// longAs makes a folder below dir whose path has always so many bytes: how long strings are takes part in where things lie
+// in memory.
+func longAs(dir string) (string, error) {
+	const n = 160
+	dir = filepath.Join(dir, strings.Repeat("x", max(1, n-len(dir)-1)))
+	return dir, os.MkdirAll(dir, 0o700)
 }
 
 // again runs seeds twice and tells which traces are the same: where seeds are exact, all.
@@ -282,14 +294,18 @@ func again(t *testing.T) {
 	var names []string
 	for seed := first; seed < first+uint64(*simAgain); seed++ {
 		opt := sim.Options{Seed: seed, For: *simFor, Nodes: *simNodes}
-		var runs []*sim.Table
-		for range 2 {
-			one, _, err := run.apart(t, opt)
-			if err != nil {
-				t.Error(err)
-			}
-			runs = append(runs, one)
+		var runs [2]*sim.Table
+		var wg sync.WaitGroup
+		for i := range runs { // at the same time: they must not hang on how fast the machine is
+			wg.Go(func() {
+				one, _, err := run.apart(t, opt)
+				if err != nil {
+					t.Error(err)
+				}
+				runs[i] = one
+			})
 		}
+		wg.Wait()
 		if len(runs[0].Traces) == 0 || len(runs[1].Traces) == 0 {
 			continue
 		}

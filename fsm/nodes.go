@@ -139,6 +139,7 @@ func (e *entry) restored(c *commandv1.Restored) error {
 	if c.GetWhy() != "" {
 		why += ": " + trim(c.GetWhy(), maxText)
 	}
+	e.restoring = false
 	var mounts []*commandv1.Mount
 	e.mounts.Scan(func(_ string, m *commandv1.Mount) bool {
 		mounts = append(mounts, m)

@@ -50,7 +50,7 @@ func (v *View) write(w io.Writer, operatorRestore bool) error {
 	rw := &recordWriter{w: buf}
 	rw.put(&commandv1.SnapshotRecord{Record: &commandv1.SnapshotRecord_Header{Header: &commandv1.SnapshotHeader{
 		Format: SnapshotFormat, Index: s.index, Term: s.term, ClusterId: s.clusterID, ClusterName: s.clusterName,
-		ClockNs: s.clock, OperatorRestore: operatorRestore, AuditSalt: []byte(s.auditSalt),
+		ClockNs: s.clock, OperatorRestore: operatorRestore || s.restoring, AuditSalt: []byte(s.auditSalt),
 		KeyTerm: s.keyTerm, KeyTermWallMs: s.keyTermMS,
 	}}})
 	writeTable(rw, &s.nodes, func(r *commandv1.Node) *commandv1.SnapshotRecord {
@@ -178,6 +178,7 @@ func readSnapshot(in io.Reader) (*state, *commandv1.SnapshotHeader, error) {
 	l.s.index, l.s.term, l.s.clock = h.GetIndex(), h.GetTerm(), h.GetClockNs()
 	l.s.clusterID, l.s.clusterName, l.s.auditSalt = h.GetClusterId(), h.GetClusterName(), string(h.GetAuditSalt())
 	l.s.keyTerm, l.s.keyTermMS = h.GetKeyTerm(), h.GetKeyTermWallMs()
+	l.s.restoring = h.GetOperatorRestore()
 	for {
 		rec, before, err := r.next()
 		if err != nil {

@@ -23,6 +23,7 @@ type state struct {
 	auditSalt   string
 	keyTerm     uint64 // of data keys; 0 stands for the first
 	keyTermMS   int64  // when it began, by the proposer's clock
+	restoring   bool   // an operator's backup has replaced the state, and Restored is not entered yet
 
 	nodes      table[*commandv1.Node]         // id
 	plugins    table[*commandv1.Plugin]       // type, name, version

@@ -33,6 +33,10 @@ func (v *View) ClockNS() uint64 { return v.s.clock }
 // milliseconds of the proposer's clock; 0 for the first.
 func (v *View) KeyTerm() (term uint64, wallMS int64) { return max(v.s.keyTerm, 1), v.s.keyTermMS }
 
+// Restoring reports whether an operator's backup has replaced the state and the command Restored is still to come: until then
+// mounts have the generations of the backup, and what runs was set up on other storage.
+func (v *View) Restoring() bool { return v.s.restoring }
+
 // Initialized reports whether InitCluster has been applied.
 func (v *View) Initialized() bool { return v.s.clusterID != "" }
 

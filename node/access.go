@@ -291,9 +291,18 @@ func (c *cluster) Restore(ctx context.Context, backup io.Reader, why string) (ui
 	}
 	resp, err := stream.CloseAndRecv()
 	if err != nil {
-		return 0, fault.FromGRPC(err)
+		return 0, restoreAnswer(err)
 	}
 	return resp.GetIndex(), nil
+}
+
+// restoreAnswer is the error of a restore that was sent to the leader. What the leader says of it is so; when the connection
+// ended instead, it may have restored, or may yet do so.
+func restoreAnswer(err error) error {
+	if said := (*fault.Error)(nil); errors.As(fault.FromGRPC(err), &said) && said.Err == nil {
+		return said
+	}
+	return fault.New(fault.OutcomeUnknown, "restore backup", "through the leader", "no answer: %w", err)
 }
 
 // What autopilot judges by, as node/replica has it.

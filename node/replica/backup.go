@@ -3,6 +3,7 @@ package replica
 import (
 	"context"
 	"io"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -51,39 +52,76 @@ func (r *Replica) RestoreBackup(ctx context.Context, backup io.Reader, why strin
 		return nil, err
 	}
 	defer release()
-	plain, err := r.openBackup(backup)
-	if err != nil {
-		return nil, err
-	}
-	file, err := newScratch(r.cfg.Dir.Path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.close()
 	v, err := r.Consistent(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := fsm.Rebase(v, plain, file); err != nil {
+	if err := r.replaceState(ctx, l, v, backup); err != nil {
 		return nil, err
+	}
+	r.log.Warn("the state was restored from a backup", "why", why)
+	res, err := r.enterRestored(ctx, l.term, why)
+	if err != nil { // the state is replaced, and this or the next leader will enter it
+		return nil, fault.As(fault.OutcomeUnknown, err, "enter the restore", "")
+	}
+	return res, nil
+}
+
+// replaceState puts a backup, rebased on v, in the place of the state through Raft.
+func (r *Replica) replaceState(ctx context.Context, l *led, v *fsm.View, backup io.Reader) error {
+	plain, err := r.openBackup(backup)
+	if err != nil {
+		return err
+	}
+	file, err := newScratch(r.cfg.Dir.Path)
+	if err != nil {
+		return err
+	}
+	defer file.close()
+	if err := fsm.Rebase(v, plain, file); err != nil {
+		return err
 	}
 	state, err := file.rewind()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if now, leading := r.leads(); !leading || now != l.term {
-		return nil, fault.New(fault.NotLeader, "restore backup", "", "the leadership of term %d is over", l.term)
+		return fault.New(fault.NotLeader, "restore backup", "", "the leadership of term %d is over", l.term)
 	}
 	meta := &raft.SnapshotMeta{Version: raft.SnapshotVersionMax, Index: v.Index(), Term: v.Term(), Size: file.size}
-	if err := r.await(ctx, waitFuture(func() error { return r.raft.Load().Restore(meta, state, r.cfg.LeaderWait) })); err != nil {
-		return nil, fault.As(fault.OutcomeUnknown, err, "restore backup", "")
-	}
-	r.log.Warn("the state was restored from a backup", "why", why)
-	res, err := r.ProposeAsLeader(ctx, l.term, &commandv1.Command{Body: &commandv1.Command_Restored{
+	err = r.await(ctx, waitFuture(func() error { return r.raft.Load().Restore(meta, state, r.cfg.LeaderWait) }))
+	return fault.As(fault.OutcomeUnknown, err, "restore backup", "")
+}
+
+func (r *Replica) enterRestored(ctx context.Context, term uint64, why string) (*commandv1.Result, error) {
+	res, err := r.ProposeAsLeader(ctx, term, &commandv1.Command{Body: &commandv1.Command_Restored{
 		Restored: &commandv1.Restored{Why: why},
 	}})
 	r.Nudge()
-	return res, fault.Wrap(err, "enter the restore", "")
+	return res, err
+}
+
+// leadRestored enters Restored where a backup has replaced the state and whoever restored it did not come so far: its
+// leadership ended in between, or its time. Without it plugins would go on with what they remember of the state before.
+func (r *Replica) leadRestored(ctx context.Context, term uint64) {
+	for ; ctx.Err() == nil; pause(ctx, time.Second) {
+		if !r.fsm.View().Restoring() {
+			continue
+		}
+		release, err := r.change(ctx) // a restore under way here enters it itself
+		if err != nil {
+			return
+		}
+		if r.fsm.View().Restoring() {
+			bounded, cancel := context.WithTimeout(ctx, r.cfg.LeaderWait)
+			_, err = r.enterRestored(bounded, term, "entered by a later leader")
+			cancel()
+		}
+		release()
+		if err != nil {
+			r.log.Info("a restore is not entered yet", "error", err)
+		}
+	}
 }
 
 // waitFuture makes a blocking call awaitable.

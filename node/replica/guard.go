@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 
 	"github.com/hashicorp/raft"
+
+	"rollcall/node/fault"
 )
 
 // maxTermJump is how far ahead of ours a peer's term may be. An honest cluster needs one term per election; a peer that
@@ -28,9 +30,10 @@ const maxSnapshotBytes = 8 << 30
 //     only to them and to the leader that it has asked: an empty disk under an old address must not vote for somebody who
 //     lacks what that address had acknowledged. While it is let in, the leader may still feed it under its old id, so
 //     having entries is not enough to vote.
+//   - A leader whose log has another entry where our newest snapshot ends: see void.
 //
 // Dropping the check of the previous entry is sound: every entry up to the applied index is committed, so every later
-// leader has the same ones.
+// leader has the same ones. The one exception is an operator's restore, and that is what void looks for.
 type guard struct {
 	network
 	out  chan raft.RPC
@@ -40,7 +43,10 @@ type guard struct {
 
 	raft  atomic.Pointer[raft.Raft] // nil until NewRaft has returned
 	logs  raft.LogStore
+	snaps raft.SnapshotStore
 	entry entryRule
+	// void is told, once, that this node's newest snapshot is one that the cluster does not have.
+	void func(error)
 
 	skippedSnapshots atomic.Uint64
 	trimmedAppends   atomic.Uint64
@@ -66,8 +72,11 @@ type entryRule interface {
 
 var _ network = (*guard)(nil)
 
-func newGuard(inner network, logs raft.LogStore, entry entryRule) *guard {
-	return &guard{network: inner, logs: logs, entry: entry, out: make(chan raft.RPC), done: make(chan struct{})}
+func newGuard(inner network, logs raft.LogStore, snaps raft.SnapshotStore, entry entryRule, void func(error)) *guard {
+	return &guard{
+		network: inner, logs: logs, snaps: snaps, entry: entry, void: void,
+		out: make(chan raft.RPC), done: make(chan struct{}),
+	}
 }
 
 // Consumer is raft.Transport's: what Raft sees is what has passed.
@@ -203,6 +212,10 @@ func (g *guard) settle(rpc *raft.RPC) bool {
 		return true
 	case *raft.AppendEntriesRequest:
 		applied := r.AppliedIndex()
+		if err := g.contradicts(c, applied, r.CurrentTerm()); err != nil {
+			g.void(err)
+			return !g.refuse(rpc, err)
+		}
 		if c.PrevLogEntry == 0 || c.PrevLogEntry > applied {
 			return false
 		}
@@ -219,4 +232,38 @@ func (g *guard) settle(rpc *raft.RPC) bool {
 		rpc.Command = &trimmed
 	}
 	return false
+}
+
+// contradicts is an error when the leader's log has another entry at the index of this node's newest snapshot. Raft puts an
+// operator's restore into the leader's own state, and onto its disk, before anybody else has it. When that leader ends just
+// then, and the others go on without the restore, its snapshot holds a state that the cluster never had, at an index that
+// it will have with something else. Raft would not notice: what a snapshot holds counts as committed.
+func (g *guard) contradicts(c *raft.AppendEntriesRequest, applied, term uint64) error {
+	// Nearly every append begins behind what is applied, and follows an entry behind the snapshot: then nothing is looked up.
+	if c.Term < term || c.PrevLogEntry > applied || c.PrevLogEntry == 0 && len(c.Entries) == 0 {
+		return nil
+	}
+	var prev raft.Log
+	if (len(c.Entries) == 0 || c.Entries[0].Index > applied) && g.logs.GetLog(c.PrevLogEntry, &prev) == nil {
+		return nil
+	}
+	list, err := g.snaps.List()
+	if err != nil || len(list) == 0 {
+		return nil // a snapshot that cannot be read is found at the next start
+	}
+	have, theirs := list[0], uint64(0)
+	if c.PrevLogEntry == have.Index {
+		theirs = c.PrevLogTerm
+	}
+	for _, e := range c.Entries {
+		if e.Index == have.Index {
+			theirs = e.Term
+		}
+	}
+	if theirs == 0 || theirs == have.Term {
+		return nil
+	}
+	return fault.New(fault.Corrupt, "follow the leader", "", "this node holds a restored state, at index %d of term %d, that the cluster "+
+		"does not have: it was cut off in the middle of an operator's restore, and the others went on without it. Move its data "+
+		"directory away and start it again under the same name, as a replaced disk", have.Index, have.Term)
 }

@@ -113,7 +113,7 @@ func newSimServer(t *testing.T, id string, guarded bool) *simServer {
 	conf.TrailingLogs, conf.SnapshotThreshold, conf.SnapshotInterval = 0, 1<<20, time.Hour
 	var trans raft.Transport = s.trans
 	if guarded {
-		s.guard = newGuard(s.trans, s.logs, anybody{})
+		s.guard = newGuard(s.trans, s.logs, s.snaps, anybody{}, func(err error) { t.Error(err) })
 		trans = s.guard
 	}
 	var err error
@@ -234,7 +234,8 @@ func TestANodeWithoutStateListensOnlyToWhomItAsked(t *testing.T) {
 	g := &guardProbe{in: make(chan raft.RPC)}
 	logs := raft.NewInmemStore()
 	var member atomic.Bool
-	g.guard = newGuard(&probeTransport{inner, g.in}, logs, closedRule{feed: "leader", win: "founder", member: &member})
+	g.guard = newGuard(&probeTransport{inner, g.in}, logs, raft.NewInmemSnapshotStore(),
+		closedRule{feed: "leader", win: "founder", member: &member}, func(err error) { t.Error(err) })
 	conf := raft.DefaultConfig()
 	conf.LocalID, conf.Logger = "me", hclog.NewNullLogger()
 	node, err := raft.NewRaft(conf, &countingFSM{}, logs, raft.NewInmemStore(), raft.NewInmemSnapshotStore(), g.guard)

@@ -134,7 +134,7 @@ func (r *Replica) startRaft() error {
 		Stream: r.stream, ServerAddressProvider: addresses{r}, Logger: hlog,
 		MaxPool: 3, MaxRPCsInFlight: 1, Timeout: r.cfg.rpcTimeout(), MsgpackUseNewTimeFormat: true,
 	})
-	r.guard = newGuard(trans, logs, &r.entrance)
+	r.guard = newGuard(trans, logs, r.stores.Snapshots, &r.entrance, r.fail)
 
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(r.cfg.Dir.NodeID)

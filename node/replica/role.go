@@ -224,7 +224,7 @@ func (r *Replica) newLeadership(term uint64, previous <-chan struct{}) *leadersh
 			<-previous
 		}
 		var wg sync.WaitGroup
-		for _, run := range append([]func(context.Context, uint64){r.leadMembers, r.leadClock}, r.runs...) {
+		for _, run := range append([]func(context.Context, uint64){r.leadMembers, r.leadClock, r.leadRestored}, r.runs...) {
 			wg.Go(func() { run(ctx, term) })
 		}
 		wg.Wait()

@@ -27,7 +27,7 @@ func (j *judge) leaders() {
 }
 
 // digests is I2: states at one index are the same everywhere, whichever way they came about, and no node goes back while
-// it lives.
+// it lives, but for an operator's restore.
 func (j *judge) digests() {
 	type sum struct {
 		hash string
@@ -37,6 +37,10 @@ func (j *judge) digests() {
 	at := map[uint64]sum{}
 	index := map[incarnation]uint64{}
 	j.each(func(e *Event) {
+		if e.Kind == Restored && e.Cause == OperatorRestore {
+			index[e.life()] = e.Index
+			return
+		}
 		if before := index[e.life()]; e.Index < before || e.Kind == Digest && e.Index == before {
 			j.bad("I2", nil, "the state of %s (incarnation %d) went from index %d to %d", e.Node, e.Boot, before, e.Index)
 		}

@@ -78,7 +78,11 @@ func (w *witness) Restored(uint64) {}
 
 func (w *witness) Replaced(v *fsm.View) {
 	w.index = v.Index()
-	w.event(Event{Kind: Restored, Index: w.index})
+	cause := ""
+	if v.Restoring() {
+		cause = OperatorRestore
+	}
+	w.event(Event{Kind: Restored, Index: w.index, Cause: cause})
 	w.look(w.index, v)
 }
 

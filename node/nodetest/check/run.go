@@ -97,7 +97,7 @@ const (
 	Leader EventKind = "leader"
 	// Digest: Hash of the whole state after the command at Index, in Term.
 	Digest EventKind = "digest"
-	// Restored: the state was replaced by a snapshot at Index.
+	// Restored: the state was replaced by a snapshot at Index. Cause is OperatorRestore where an operator put it back.
 	Restored EventKind = "restored"
 	// Applied: the reload has come to Phase, of wave N, with the entry at Index; Generation is what it commits to, Cause why.
 	Applied EventKind = "applied"
@@ -126,6 +126,9 @@ const (
 	// Handled: plugin code has begun to handle a write of Input to Key of Mount.
 	Handled EventKind = "handled"
 )
+
+// OperatorRestore is the Cause of a Restored event by which a state may go back.
+const OperatorRestore = "operator's restore"
 
 // Event is one thing that a node did. Times are on the recorder's clock.
 type Event struct {

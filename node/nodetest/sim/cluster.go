@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"rollcall/node/fault"
 	"rollcall/node/nodetest/check"
 	"rollcall/transport/pki"
 )
@@ -50,6 +51,7 @@ type cluster struct {
 	extra   map[*member]bool // spares that belong to the cluster
 	newDisk time.Time        // of the last replaced disk
 	wrong   []string
+	voids   int // nodes that held a restore which the cluster did not take
 }
 
 // newCluster makes the places; start boots the nodes. dir takes small files.
@@ -109,6 +111,18 @@ func (c *cluster) handled(node, mount, key, input string) {
 		return // in no history
 	}
 	c.member(node).events.Event(check.Event{Kind: check.Handled, Mount: mount, Key: key, Input: input})
+}
+
+// void reports whether a node ended because it holds a restore that the cluster did not take. It asks for a new disk then.
+func (c *cluster) void(m *member, err error) bool {
+	if !fault.Is(err, fault.Corrupt) || !strings.Contains(err.Error(), "in the middle of an operator's restore") || m.isLeaving() {
+		return false
+	}
+	c.note("%s gets a new disk, as it asks for: %v", m.name, err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.newDisk, c.voids = time.Now(), c.voids+1
+	return true
 }
 
 // replaced reports whether a disk was replaced not long ago, or some node is down: a second loss would be one too many.

@@ -200,4 +200,9 @@ func (c *cluster) tally(res *Result) {
 			res.Faults[f.Kind+" "+f.Detail]++
 		}
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.voids > 0 {
+		res.Faults["restore that the cluster did not take"] += c.voids
+	}
 }

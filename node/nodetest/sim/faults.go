@@ -115,14 +115,24 @@ func (n *nemesis) begun(kind string, b *broken) {
 		healed()
 		return
 	}
-	end := sync.OnceFunc(func() {
+	over, begun := make(chan struct{}), false
+	end := func() { // once; no sync.OnceFunc, which makes the second one wait at a mutex
+		n.mu.Lock()
+		second := begun
+		begun = true
+		n.mu.Unlock()
+		if second {
+			<-over
+			return
+		}
+		defer close(over)
 		b.heal()
 		healed()
 		n.c.note("healed: %s %s", kind, b.target)
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		delete(n.under, id)
-	})
+	}
 	n.mu.Lock()
 	n.under[id] = end
 	n.mu.Unlock()

@@ -156,23 +156,31 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 func (m *member) watch(n *node.Node, over chan struct{}) {
 	select {
 	case err := <-n.Failed():
-		if node.Left(err) {
+		void := m.c.void(m, err)
+		switch {
+		case node.Left(err):
 			m.c.gossip.leave(m.name)
-		} else {
+		case !void:
 			m.c.gaveUp(m, err)
 		}
-		m.stop(n)
+		if m.stop(n) && void {
+			m.replace()
+			if err := m.restart(); err != nil {
+				m.c.bad("%s does not start again: %v", m.name, err)
+			}
+		}
 	case <-over:
 	}
 }
 
 // stop ends a node in good order, on a disk that works: Raft never answers what is in its queues when it is shut down on one
 // that hangs, and the goroutines that wait for that would be left in the bubble, as they are in a process that ends.
-func (m *member) stop(n *node.Node) {
+// It reports whether n ran here.
+func (m *member) stop(n *node.Node) bool {
 	m.stops.Add(1)
 	defer m.stops.Done()
 	if l := m.detach(n); l == nil {
-		return
+		return false
 	}
 	m.disk.ease()
 	ctx, cancel := context.WithTimeout(context.Background(), 45*time.Second)
@@ -183,6 +191,7 @@ func (m *member) stop(n *node.Node) {
 	m.events.Event(check.Event{Kind: check.Died})
 	m.c.wires.net.Kill(m.name)
 	m.disk.cutOff()
+	return true
 }
 
 // gone waits until the node has ended, and kills it when it does not.

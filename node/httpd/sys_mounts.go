@@ -5,10 +5,10 @@ import (
 	"strings"
 	"time"
 
-	commandv1 "rollcall/proto/command/v1"
 	"rollcall/node/api"
 	"rollcall/node/fault"
 	"rollcall/node/policy"
+	commandv1 "rollcall/proto/command/v1"
 )
 
 // enableTimeout bounds how long an enable waits for the mount to serve on the leader before it answers.

@@ -10,8 +10,8 @@ import (
 
 	"github.com/google/uuid"
 
-	commandv1 "rollcall/proto/command/v1"
 	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
 )
 
 // enable tries the plugin on this node, enters the mount, and waits until it serves on the leader and here.

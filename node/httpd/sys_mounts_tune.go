@@ -9,10 +9,10 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	commandv1 "rollcall/proto/command/v1"
 	"rollcall/fsm"
 	"rollcall/node/api"
 	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
 )
 
 // readConfig reads the tunable fields of a body on top of base; set tells whether any was there.

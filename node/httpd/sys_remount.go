@@ -7,8 +7,8 @@ import (
 
 	"github.com/google/uuid"
 
-	commandv1 "rollcall/proto/command/v1"
 	"rollcall/node/fault"
+	commandv1 "rollcall/proto/command/v1"
 )
 
 // mountOf splits a client's "auth/x" or "x" into table and path.

@@ -41,7 +41,7 @@ const (
 
 // States of a node within a reload.
 const (
-	NodePending   = "pending"   // has not answered yet
+	NodePending   = "pending"   // has not answered yet, or was not asked yet: its wave comes later
 	NodePrepared  = "prepared"  // every mount is ready to switch
 	NodeSwitching = "switching" // committed, not all mounts serve the new generation yet
 	NodeDone      = "done"      // every mount has its verdict

@@ -192,7 +192,7 @@ func stateOf(r *commandv1.Reload, p *commandv1.Participant) string {
 		return api.NodeExcluded
 	case down || p.GetSafe() == commandv1.Safe_SAFE_FENCED || p.GetSafe() == commandv1.Safe_SAFE_EXCLUDED:
 		return api.NodeDown
-	case r.GetGeneration() != 0 && !ended(r.GetPhase()):
+	case r.GetGeneration() != 0 && !ended(r.GetPhase()) && p.GetWave() <= r.GetWave():
 		return api.NodeSwitching
 	case len(p.GetMounts()) > 0 && prepared == len(p.GetMounts()):
 		return api.NodePrepared

@@ -66,7 +66,13 @@ func (p *Progress) repaint(block []string) {
 
 // block is the whole picture, no wider than width and no higher than height allows.
 func (p *Progress) block(r *api.Reload, width, height int) []string {
-	lines := []string{clip(title(r), width), clip(phaseLine(r), width)}
+	lines := []string{clip(title(r), width), clip(phaseHead(r), width)}
+	if r.Why != "" { // a line of its own: on a narrow terminal it is what must not be cut off
+		lines = append(lines, clip("  "+api.Cell(r.Why), width))
+	}
+	if r.Paused {
+		lines = append(lines, clip("  "+goesOn(r), width))
+	}
 	room := max(height-4, 1)
 	longest := 0
 	for i := range r.Nodes {
@@ -136,6 +142,23 @@ func specOf(s *api.Spec) string {
 
 // phaseLine is the phase, with what it waits for.
 func phaseLine(r *api.Reload) string {
+	line := phaseHead(r)
+	if r.Paused {
+		line += ": " + goesOn(r)
+	}
+	if r.Why != "" {
+		line += " (" + api.Cell(r.Why) + ")"
+	}
+	return line
+}
+
+// goesOn is what an operator can do about a pause.
+func goesOn(r *api.Reload) string {
+	return fmt.Sprintf("`rollcall reloads resume %s` or `promote` goes on, `abort` goes back", r.ID)
+}
+
+// phaseHead is how far the reload has come.
+func phaseHead(r *api.Reload) string {
 	line := r.Phase
 	if r.Outcome != "" && r.Outcome != r.Phase {
 		line += ": " + r.Outcome
@@ -150,10 +173,7 @@ func phaseLine(r *api.Reload) string {
 		}
 	}
 	if r.Paused {
-		line += fmt.Sprintf(", paused: `rollcall reloads resume %s` or `promote` goes on", r.ID)
-	}
-	if r.Why != "" {
-		line += " (" + api.Cell(r.Why) + ")"
+		line += ", paused"
 	}
 	return line
 }
@@ -230,7 +250,7 @@ func (p *Progress) events(r *api.Reload) {
 		p.nodeEvents(r, &r.Nodes[i])
 	}
 	if r.Paused && p.news("paused", fmt.Sprint(r.Index)) {
-		p.line("", fmt.Sprintf("paused%s: `rollcall reloads resume %s` or `promote` goes on", paren(r.Why), r.ID))
+		p.line("", fmt.Sprintf("paused%s: %s", paren(r.Why), goesOn(r)))
 	}
 	if r.Phase == api.PhaseRollingBack && p.news("phase", r.Phase) {
 		p.line("", "rolling back"+paren(r.Why))

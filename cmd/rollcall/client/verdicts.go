@@ -98,6 +98,8 @@ func verdictOf(r *api.Reload, n *api.ReloadNode, m *api.ReloadMount) string {
 		return "not asked to switch"
 	case m.Prepared && n.State == api.NodePending:
 		return api.NodePrepared
+	case n.Wave > r.Wave && n.State == api.NodePending && !api.Ended(r.Phase):
+		return fmt.Sprintf("waits, wave %d", n.Wave+1)
 	default:
 		return n.State
 	}

@@ -67,7 +67,9 @@ var kinds = []struct {
 }
 
 func newNemesis(c *cluster, op *operator) *nemesis {
-	return &nemesis{c: c, op: op, rng: rngOf(c.opt.Seed, "nemesis"), under: map[int]func(){}, count: map[string]int{}}
+	n := &nemesis{c: c, op: op, rng: rngOf(c.opt.Seed, "nemesis"), under: map[int]func(){}, count: map[string]int{}}
+	op.strike = n.strike
+	return n
 }
 
 // work breaks something now and then until the load ends.
@@ -103,7 +105,10 @@ func (n *nemesis) wait(d time.Duration) bool {
 }
 
 // begun keeps a fault in the journal and ends it when its time is over.
-func (n *nemesis) begun(kind string, b *broken) {
+func (n *nemesis) begun(kind string, b *broken) { n.lasts(kind, b, n.rng) }
+
+// lasts is begun with another source for how long.
+func (n *nemesis) lasts(kind string, b *broken, rng *rand.Rand) {
 	healed := n.c.rec.Fault(kind, b.target, b.detail)
 	n.c.note("fault: %s %s %s", kind, b.target, b.detail)
 	n.mu.Lock()
@@ -136,7 +141,7 @@ func (n *nemesis) begun(kind string, b *broken) {
 	n.mu.Lock()
 	n.under[id] = end
 	n.mu.Unlock()
-	d := between(n.rng, b.least, b.most)
+	d := between(rng, b.least, b.most)
 	n.wg.Go(func() {
 		if n.wait(d) {
 			end()
@@ -167,6 +172,26 @@ func (n *nemesis) some() *member {
 		return l
 	}
 	return staying[i]
+}
+
+// strike breaks the leader in the middle of something, by one of three ways.
+func (n *nemesis) strike(kind string, rng *rand.Rand) {
+	l := n.c.leader()
+	if l == nil || l.isLeaving() {
+		return
+	}
+	var b *broken
+	switch way := rng.IntN(3); way {
+	case 0, 1:
+		if b = n.kill(l, way == 1); b == nil {
+			return
+		}
+		b.detail = []string{"killed", "power loss"}[way]
+	default:
+		heal := n.c.wires.cut(both([]string{l.name}, n.others(l, false))...)
+		b = &broken{l.name, "isolated", heal, time.Second, 15 * time.Second}
+	}
+	n.lasts(kind, b, rng)
 }
 
 // others are the hosts of all nodes besides m, those that join later too, and of all clients where clients are meant too.
@@ -330,7 +355,9 @@ func (n *nemesis) reset() *broken {
 func (n *nemesis) slowDisk() *broken {
 	m := n.some()
 	most := between(n.rng, 20*time.Millisecond, 500*time.Millisecond)
+	n.mu.Lock()
 	rng := rngOf(n.c.opt.Seed, fmt.Sprintf("slow disk %d", n.next))
+	n.mu.Unlock()
 	heal := m.disk.slow(func() time.Duration { return between(rng, most/4, most) })
 	return &broken{m.name, most.String(), heal, 2 * time.Second, 20 * time.Second}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"time"
 
@@ -28,6 +29,8 @@ type operator struct {
 	count  int
 	// saved are the restores, in their order.
 	saved []*restore
+	// strike breaks the leader now.
+	strike func(kind string, rng *rand.Rand)
 }
 
 type sentReload struct {

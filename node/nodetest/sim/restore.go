@@ -169,6 +169,15 @@ func (o *operator) restore(r *restore, backup []byte) {
 		case <-stop:
 		}
 	}()
+	if o.rng.IntN(3) == 0 { // in the middle of it
+		after, rng := between(o.rng, 0, 40*time.Millisecond), rngOf(o.c.opt.Seed, r.key)
+		var struck sync.WaitGroup
+		defer struck.Wait()
+		struck.Go(func() {
+			time.Sleep(after)
+			o.strike("leader lost at a restore", rng)
+		})
+	}
 	r.sent, r.at = time.Now(), o.c.rec.Now()
 	a, err := o.send(ctx, node, http.MethodPost, path, o.c.token, backup)
 	cause := ""

@@ -114,7 +114,7 @@ func simulate(t *testing.T, table *sim.Table, opt sim.Options) {
 		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 		rand.Seed(int64(opt.Seed)) //nolint:staticcheck // raft draws its time-outs from there
 		cryptotest.SetGlobalRandom(t, opt.Seed)
-		dir := "nodes" // in this process's own folder, see longAs
+		dir := "/proc/self/cwd/nodes" // in this process's own folder, by the name that it has in every process
 		if os.Getenv(apartVariable) == "" {
 			dir = t.TempDir()
 		}

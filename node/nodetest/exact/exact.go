@@ -30,11 +30,12 @@ const TraceVariable = "ROLLCALL_EXACT_TRACE"
 //
 // One processor, so that the order of goroutines is a queue's. No collection, which would move what is in the queue and
 // free memory: ten virtual minutes of five nodes take 1.2 GB. The limit is there for long runs and for the machine's
-// sake; past it the world stands still while it is collected, and what follows may be another run.
+// sake; past it the world stands still while it is collected, and what follows may be another run. No samples of what is
+// allocated: taking one needs room on the stack, and when it is taken is drawn.
 func Env(seed uint64) []string {
 	return []string{
 		fmt.Sprintf("%s=%d", Variable, seed), "GOMAXPROCS=1", "GOGC=off", "GOMEMLIMIT=3GiB",
-		"GODEBUG=" + strings.TrimPrefix(os.Getenv("GODEBUG")+",gcstoptheworld=2,asyncpreemptoff=1", ","),
+		"GODEBUG=" + strings.TrimPrefix(os.Getenv("GODEBUG")+",gcstoptheworld=2,asyncpreemptoff=1,memprofilerate=0", ","),
 		TraceVariable + "=" + os.Getenv(TraceVariable),
 	}
 }

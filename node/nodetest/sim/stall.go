@@ -21,11 +21,13 @@ type pulse struct{ beats atomic.Int64 }
 // that waits for a mutex, or one that spins, stops the clock, and the test would hang until its limit. So it does when
 // the run should long be over: something in it waits for what never comes, while the nodes' clocks go on.
 func (p *pulse) watch(load time.Duration, command string) (stop func()) {
-	end := make(chan struct{})
+	end, ready := make(chan struct{}), make(chan struct{})
 	go func() {
 		last, since := p.beats.Load(), time.Now()
 		tick := time.NewTicker(time.Second)
 		defer tick.Stop()
+		deep()
+		close(ready)
 		for {
 			select {
 			case <-end:
@@ -48,5 +50,19 @@ func (p *pulse) watch(load time.Duration, command string) (stop func()) {
 			}
 		}
 	}()
+	<-ready
 	return func() { close(end) }
+}
+
+// deep makes the stack of its goroutine as large as it will ever need to be. The watcher ticks by the clock on the wall: if it took
+// memory when it does, what the bubble takes later would lie elsewhere, and a seed would not repeat (see package exact).
+//
+//go:noinline
+func deep() (sum byte) {
+	var room [16 << 10]byte
+	for i := range room {
+		room[i] = byte(i)
+		sum += room[(i*7)%len(room)]
+	}
+	return sum
 }

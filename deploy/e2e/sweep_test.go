@@ -156,11 +156,20 @@ func (c *cluster) killedAt(t *testing.T, i int, k killAt, version string) (now, 
 	pid := dead.pid()
 	dead.rule(k.rule)
 
-	// The client asks the node that dies, and with the same id whichever answers.
-	client := c.clientOf(append([]*server{dead}, others...)...)
+	// The client asks the node that dies, also where that one has no lease for a moment, and then with the same id whichever
+	// answers.
+	first, client := c.clientOf(dead), c.clientOf(append([]*server{dead}, others...)...)
 	answered := make(chan error, 1)
 	ctx := timeout(t, 2*recovery)
-	go func() { answered <- askUntil(ctx, client, req) }()
+	go func() {
+		for !dead.ended() && ctx.Err() == nil {
+			if _, _, err := first.Reload(ctx, "", req); err == nil || !fault.Is(err, fault.Unavailable) {
+				break
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		answered <- askUntil(ctx, client, req)
+	}()
 	if err := dead.gone(recovery); err == nil {
 		t.Fatalf("%s ended by itself", dead.name)
 	}

@@ -156,6 +156,9 @@ func (m *member) configure(creds *transport.Credentials) (node.Config, node.Opti
 func (m *member) watch(n *node.Node, over chan struct{}) {
 	select {
 	case err := <-n.Failed():
+		if m.running() != n {
+			return // what is left of a node that was killed finds its network gone: nobody gave up
+		}
 		void := m.c.void(m, err)
 		switch {
 		case node.Left(err):

@@ -416,7 +416,7 @@ func (n *nemesis) stepDown() *broken {
 // leave lets a node leave the cluster, and come back as a new one.
 func (n *nemesis) leave() *broken {
 	m := n.some()
-	if !n.mayEnd() || !m.up() {
+	if !n.mayEnd() || !m.up() || n.c.memberships() != nil {
 		return nil
 	}
 	m.setLeaving(true)
@@ -432,10 +432,11 @@ func (n *nemesis) leave() *broken {
 	}, 5 * time.Second, 20 * time.Second}
 }
 
-// newDisk kills a node, and gives it an empty disk.
+// newDisk kills a node, and gives it an empty disk. As with leave, every node that belongs to the cluster must have its place in
+// it: a second disk that is lost while the first has no vote again is one too many.
 func (n *nemesis) newDisk() *broken {
 	m := n.some()
-	if !n.mayEnd() || n.c.replaced() || !m.kill(true) {
+	if !n.mayEnd() || n.c.memberships() != nil || n.c.replaced() || !m.kill(true) {
 		return nil
 	}
 	return &broken{m.name, "", func() { m.replace(); n.boot(m) }, time.Second, 10 * time.Second}

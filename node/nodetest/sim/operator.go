@@ -29,6 +29,7 @@ type operator struct {
 	count  int
 	// saved are the restores, in their order.
 	saved []*restore
+	tries int
 	// strike breaks the leader now.
 	strike func(kind string, rng *rand.Rand)
 }

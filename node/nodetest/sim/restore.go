@@ -123,7 +123,8 @@ func (o *operator) saveAndRestore() {
 	if told(saved, err) != nil {
 		return
 	}
-	r := &restore{key: fmt.Sprintf("%s-%d", scratch, len(o.saved)+1)}
+	o.tries++ // one that came to nothing leaves its key behind
+	r := &restore{key: fmt.Sprintf("%s-%d", scratch, o.tries)}
 	a, err := o.ask(o.any(), http.MethodPut, mainMount+r.key, o.c.token, map[string]string{"value": "after the save"})
 	if told(a, err) != nil {
 		return

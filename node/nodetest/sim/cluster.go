@@ -113,8 +113,12 @@ func (c *cluster) handled(node, mount, key, input string) {
 	c.member(node).events.Event(check.Event{Kind: check.Handled, Mount: mount, Key: key, Input: input})
 }
 
-// void reports whether a node ended because it holds a restore that the cluster did not take. It asks for a new disk then.
+// void reports whether a node ended because it holds a restore that the cluster did not take, or was removed after all. It
+// asks for a new disk then.
 func (c *cluster) void(m *member, err error) bool {
+	if fault.Is(err, fault.Denied) && m.isAsked() {
+		return true
+	}
 	if !fault.Is(err, fault.Corrupt) || !strings.Contains(err.Error(), "in the middle of an operator's restore") || m.isLeaving() {
 		return false
 	}

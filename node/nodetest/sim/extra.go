@@ -59,6 +59,19 @@ func (m *member) isLeaving() bool {
 	return m.leaving
 }
 
+// setAsked says that its removal was asked for, and nobody knows whether it was removed.
+func (m *member) setAsked(a bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.asked = a
+}
+
+func (m *member) isAsked() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.asked
+}
+
 // staying are the members that nobody has told to go.
 func (n *nemesis) staying() []*member {
 	return slices.DeleteFunc(n.c.members(), (*member).isLeaving)
@@ -105,7 +118,7 @@ func (n *nemesis) leaveForGood() *broken {
 		if way == 0 {
 			m.gone(time.Minute)
 		}
-		if err := n.op.remove(m, node.ID()); err != nil {
+		if err := n.op.remove(m, node.ID(), 3*time.Minute); err != nil {
 			n.c.bad("%s cannot be taken out: %v", m.name, err)
 		}
 		if way == 2 {
@@ -119,9 +132,9 @@ func (n *nemesis) leaveForGood() *broken {
 }
 
 // remove takes a node out of the cluster through any other one.
-func (o *operator) remove(m *member, id string) error {
+func (o *operator) remove(m *member, id string, within time.Duration) error {
 	var last error
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); time.Sleep(time.Second) {
+	for end := time.Now().Add(within); time.Now().Before(end); time.Sleep(time.Second) {
 		for _, at := range o.c.members() {
 			if at == m {
 				continue
@@ -155,6 +168,9 @@ func (c *cluster) memberships() error {
 		n := m.running()
 		if n == nil {
 			return fmt.Errorf("%s does not run", m.name)
+		}
+		if m.isLeaving() {
+			return fmt.Errorf("%s is leaving", m.name)
 		}
 		want = append(want, m.name+" "+n.ID())
 	}

@@ -419,6 +419,10 @@ func (n *nemesis) leave() *broken {
 	if !n.mayEnd() || !m.up() || n.c.memberships() != nil {
 		return nil
 	}
+	node := m.running()
+	if node == nil {
+		return nil
+	}
 	m.setLeaving(true)
 	if !n.op.leave(m) {
 		m.setLeaving(false)
@@ -426,7 +430,12 @@ func (n *nemesis) leave() *broken {
 	}
 	return &broken{m.name, "", func() {
 		m.gone(time.Minute)
-		m.replace()
+		// Its disk goes only when it has no vote any more. It could not leave where there was no majority, and that may need it.
+		if n.op.remove(m, node.ID(), 10*time.Second) == nil {
+			m.replace()
+		} else {
+			m.setAsked(true)
+		}
 		m.setLeaving(false)
 		n.boot(m)
 	}, 5 * time.Second, 20 * time.Second}

@@ -39,6 +39,7 @@ type member struct {
 	over     chan struct{} // closed when this boot has ended
 	disks    int           // how often its disk was replaced
 	leaving  bool          // it is about to go, to come back as another node or never
+	asked    bool          // its removal was asked for, and may have happened
 }
 
 func newMember(c *cluster, name string, drift float64) *member {
@@ -264,6 +265,7 @@ func (m *member) restart() error {
 func (m *member) replace() {
 	m.mu.Lock()
 	m.disks++
+	m.asked = false
 	m.mu.Unlock()
 	m.disk, m.path = newMember(m.c, m.name, m.drift).disk, ""
 }

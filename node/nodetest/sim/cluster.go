@@ -178,9 +178,7 @@ func (c *cluster) settled(within time.Duration) error {
 	defer cancel()
 	var errs []error
 	for _, m := range c.members() {
-		if n := m.running(); n != nil {
-			errs = append(errs, n.Wait(ctx))
-		}
+		errs = append(errs, m.serves(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
@@ -189,6 +187,22 @@ func (c *cluster) settled(within time.Duration) error {
 		return errors.New("no node leads")
 	}
 	return nil
+}
+
+// serves waits until the node that runs here serves. It may become another one meanwhile, on a new disk.
+func (m *member) serves(ctx context.Context) error {
+	for {
+		n := m.running()
+		if n == nil {
+			return nil
+		}
+		one, cancel := context.WithTimeout(ctx, time.Second)
+		err := n.Wait(one)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 // stop ends every node, and waits for those that were killed.

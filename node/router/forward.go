@@ -129,6 +129,13 @@ const (
 // current says whether the instance here knows what clients of this node may know already. Where none is ready, the gate
 // decides.
 func (rt *route) current(ctx context.Context) bool {
+	if in := rt.run.Load(); in != nil && in.leader {
+		// The leader's instance is told of no changes: it makes them. It may outlive its office, while its mount is held up in
+		// something else, and then the next leader's instance makes them.
+		if role := rt.r.cfg.Replica.Role(); !role.Leader || in.term.Load() != role.Term {
+			return false
+		}
+	}
 	owed := rt.owed.Load()
 	if rt.inval.told.Load() >= owed || rt.gate.lane[readLane].Load() == nil {
 		return true

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"rollcall/fsm"
 	"rollcall/node/fault"
 	"rollcall/node/supervisor"
 	commandv1 "rollcall/proto/command/v1"
@@ -265,6 +266,25 @@ func TestTheSameLeadersNextTermNeedsNoSetup(t *testing.T) {
 	}
 	if r, err := c.nodes[1].do(opUpdate, "kv/x", `{"value":"2"}`); err != nil || r.Node != "n1" || fakes[0].setups() != 1 {
 		t.Fatalf("%+v, %v, %d setups", r, err, fakes[0].setups())
+	}
+}
+
+// Found by simulation: a request was forwarded to a leader that had just been started again, and had no state yet.
+func TestANodeWithoutALeaseDoesNotSayThatThereIsNoSuchMount(t *testing.T) {
+	c, _, _ := three(t, nil, nil)
+	c.nodes[0].fenced.Store(true)
+	for _, n := range c.nodes[:2] { // there, and through another one
+		n.router.cfg.ForwardWait = 50 * time.Millisecond
+		_, err := n.do(opUpdate, "none/x", "{}")
+		if n == c.nodes[0] {
+			wantKind(t, err, fault.Fenced)
+		} else {
+			wantKind(t, err, fault.UnsupportedPath) // this one has a lease, and knows
+		}
+	}
+	c.nodes[0].router.cfg.State = StateOf(fsm.New().View, c.nodes[0].fsm.Changed)
+	if _, err := c.nodes[1].do(opUpdate, "kv/x", "{}"); fault.KindOf(err) == fault.UnsupportedPath {
+		t.Fatalf("%v: from a node that has no state", err)
 	}
 }
 

@@ -52,6 +52,12 @@ const (
 func (r *Router) handle(ctx context.Context, req *Request) (*Response, error) {
 	from := time.Now()
 	v, m, rest, err := r.find(req.Namespace, req.Path)
+	if fault.Is(err, fault.UnsupportedPath) {
+		// A node without a lease may be behind, or have no state at all yet: that it knows no mount means nothing.
+		if lost := r.cfg.Replica.Serving(); lost != nil {
+			return nil, lost
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -24,14 +24,20 @@ type disk struct {
 	at           *session
 	// write draws how long a write takes, usual how long it takes on a disk that is well.
 	write, usual func() time.Duration
-	// hung is not nil while nothing is written; it is closed when that ends.
-	hung chan struct{}
+	// hung is not nil while nothing is written.
+	hung *hanging
 	// lazy acknowledges what is not durable yet: a node with Options.NoSync, and what a broken disk does.
 	lazy bool
 	// inFlight are writes that have been asked for and not acknowledged.
 	inFlight map[*func(*image)]struct{}
 	// torn says whether a write in flight reaches the platter when the power fails.
 	torn func() bool
+}
+
+// hanging is a time in which nothing is written: over is closed when the last of those who made it hang lets go.
+type hanging struct {
+	over  chan struct{}
+	holds int
 }
 
 func newDisk(write func() time.Duration, torn func() bool) *disk {
@@ -92,14 +98,17 @@ func (d *disk) setLazy() {
 func (d *disk) hang() (release func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	gate := make(chan struct{})
-	d.hung = gate
+	if d.hung == nil {
+		d.hung = &hanging{over: make(chan struct{})}
+	}
+	h := d.hung
+	h.holds++
 	return func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if d.hung == gate {
+		if h.holds--; h.holds == 0 && d.hung == h {
 			d.hung = nil
-			close(gate)
+			close(h.over)
 		}
 	}
 }
@@ -110,7 +119,7 @@ func (d *disk) ease() {
 	defer d.mu.Unlock()
 	d.write = d.usual
 	if d.hung != nil {
-		close(d.hung)
+		close(d.hung.over)
 		d.hung = nil
 	}
 }
@@ -145,7 +154,7 @@ func (s *session) change(f func(*image)) {
 	s.d.mu.Unlock()
 	if hung != nil {
 		select {
-		case <-hung:
+		case <-hung.over:
 		case <-s.off:
 		}
 	}

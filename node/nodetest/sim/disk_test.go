@@ -74,3 +74,21 @@ func TestAHungDiskWritesWhenItIsReleased(t *testing.T) {
 		}
 	})
 }
+
+func TestADiskThatHangsForTwoReasonsWritesWhenBothAreOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDisk(func() time.Duration { return 0 }, func() bool { return false })
+		s, first := d.open(), d.hang()
+		done := make(chan struct{})
+		go func() { defer close(done); _ = s.StoreLog(&raft.Log{Index: 1}) }()
+		synctest.Wait()
+		second := d.hang()
+		first()
+		time.Sleep(time.Hour)
+		if last, _ := s.LastIndex(); last != 0 {
+			t.Error("a disk wrote that hung for one reason still")
+		}
+		second()
+		<-done
+	})
+}

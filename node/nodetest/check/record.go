@@ -97,12 +97,14 @@ func (r *Recorder) Run() *Run {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	run := &Run{Meta: r.meta, Ops: slices.Clone(r.ops), Events: slices.Clone(r.events), Faults: slices.Clone(r.faults)}
+	// One time for both: what is open ends with the run, not a moment before it.
+	now := r.Now()
 	for _, op := range r.open {
-		op.Outcome, op.Return = Unknown, r.Now()
+		op.Outcome, op.Return = Unknown, now
 		run.Ops = append(run.Ops, op)
 	}
 	if run.Meta.Ended == 0 {
-		run.Meta.Ended = r.Now()
+		run.Meta.Ended = now
 	}
 	sortRun(run)
 	return run

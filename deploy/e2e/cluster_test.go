@@ -11,12 +11,14 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -68,6 +70,8 @@ type cluster struct {
 
 // server is one node: the same configuration and data directory over all its processes.
 type server struct {
+	lives atomic.Int32 // nodes that had this name before
+
 	c                           *cluster
 	name                        string
 	dir, data, plugins, config  string
@@ -370,6 +374,21 @@ func (s *server) replace() {
 			s.c.t.Fatal(err)
 		}
 	}
+}
+
+// born tells clients that from now on another node answers under this name: one with an empty disk.
+func (s *server) born() { s.lives.Add(1) }
+
+// who is the node that gave an answer: its name, and which of the nodes that had this name. What holds for the answers of one
+// node does not hold for those of two: the first may have run a reload of its own alone.
+func (c *cluster) who(h http.Header) string {
+	name := h.Get(api.HeaderNode)
+	for _, s := range c.nodes {
+		if n := s.lives.Load(); s.name == name && n > 0 {
+			return fmt.Sprintf("%s, disk %d", name, n+1)
+		}
+	}
+	return name
 }
 
 // log is what the node has written so far.

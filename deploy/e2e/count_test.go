@@ -61,7 +61,7 @@ func (k *counting) once(ctx context.Context, s *server, write bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.sent++
-	if old := k.newest.answered(known, header); old != nil {
+	if old := k.newest.answered(known, k.c.who(header), header); old != nil {
 		k.backwards = append(k.backwards, old.Error())
 	}
 	switch {

@@ -54,7 +54,7 @@ func processFaults() []trouble {
 			v.kill()
 			v.replace()
 			x.replaced = append(x.replaced, v.name)
-			return v.start
+			return func() { v.born(); v.start() }
 		}},
 		{kind: "majority killed at once", hold: between(500, 3000), all: true, do: func(x *chaos, _ *server) func() {
 			return x.killTogether(len(x.nodes)/2 + 1)

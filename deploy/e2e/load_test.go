@@ -155,12 +155,11 @@ func (g *generations) known() map[string]uint64 {
 }
 
 // answered takes an answer's headers in, and says when they are behind what was known before its request was sent.
-func (g *generations) answered(known map[string]uint64, h http.Header) error {
+func (g *generations) answered(known map[string]uint64, node string, h http.Header) error {
 	n, err := strconv.ParseUint(h.Get(api.HeaderGeneration), 10, 64)
 	if err != nil {
 		return nil // no plugin answered
 	}
-	node := h.Get(api.HeaderNode)
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.newest == nil {
@@ -591,9 +590,9 @@ func (c *loader) call(ctx context.Context, op *check.Op, method, key, body strin
 	if err != nil {
 		return 0, nil, err
 	}
-	op.Status, op.By = resp.StatusCode, resp.Header.Get(api.HeaderNode)
+	op.Status, op.By = resp.StatusCode, c.l.c.who(resp.Header)
 	op.Generation, _ = strconv.ParseUint(resp.Header.Get(api.HeaderGeneration), 10, 64)
-	if err := c.l.newest.answered(known, resp.Header); err != nil {
+	if err := c.l.newest.answered(known, op.By, resp.Header); err != nil {
 		c.l.note(err.Error(), func(s *loadSum) { s.backwards++ })
 	}
 	took := time.Since(began)

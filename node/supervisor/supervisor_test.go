@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -471,12 +472,34 @@ func TestPluginSeesOnlyWhatItIsAllowedTo(t *testing.T) {
 	}
 }
 
+// stopped says whether every thread of a process is stopped by a signal.
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(stats) == 0 {
+		t.Fatalf("threads of %d: %v, %v", pid, stats, err)
+	}
+	for _, stat := range stats {
+		raw, err := os.ReadFile(stat)
+		if _, after, ok := strings.Cut(string(raw), ") "); err != nil || !ok || !strings.HasPrefix(after, "T") {
+			return false
+		}
+	}
+	return true
+}
+
 func TestAStoppedPluginIsKilledWithinItsLimits(t *testing.T) {
 	s := newSupervisor(t, nil)
 	p := start(t, s, specFor("ok"))
 	ready(t, p, Setup{Storage: newMemory()})
 	if err := syscall.Kill(p.Pid(), syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
+	}
+	// The signal has been sent; the process stops a moment later.
+	for end := time.Now().Add(10 * time.Second); !stopped(t, p.Pid()); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the process does not stop")
+		}
 	}
 	begin := time.Now()
 	if err := p.Close(t.Context()); err != nil {

@@ -146,10 +146,10 @@ func (f *FSM) Restore(in io.ReadCloser) error {
 		w.Replaced(&View{s: s.copy()})
 	}
 	f.publish()
-	f.mu.Unlock()
 	for _, o := range f.observers {
 		o.Restored(s.index)
 	}
+	f.mu.Unlock()
 	return nil
 }
 

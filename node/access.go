@@ -299,7 +299,7 @@ func (c *cluster) Restore(ctx context.Context, backup io.Reader, why string) (ui
 // restoreAnswer is the error of a restore that was sent to the leader. What the leader says of it is so; when the connection
 // ended instead, it may have restored, or may yet do so.
 func restoreAnswer(err error) error {
-	if said := (*fault.Error)(nil); errors.As(fault.FromGRPC(err), &said) && said.Err == nil {
+	if said := fault.FromGRPC(err); fault.Said(said) {
 		return said
 	}
 	return fault.New(fault.OutcomeUnknown, "restore backup", "through the leader", "no answer: %w", err)

@@ -47,6 +47,13 @@ func ToGRPC(err error) error {
 	return st.Err()
 }
 
+// Said reports whether the other side said an error of FromGRPC's, rather than the connection to it: then what it says of the
+// call is so. What a connection says leaves open whether the call has run.
+func Said(err error) bool {
+	e, ok := errors.AsType[*Error](err)
+	return ok && e.Err == nil
+}
+
 // FromGRPC restores an error that ToGRPC sent. A status that is not ours (the connection broke, a deadline passed) is
 // classified by whether the call can have run: only Unavailable before anything was sent is safe, and gRPC does not
 // tell, so callers that did not send a body themselves decide with the op's own knowledge.

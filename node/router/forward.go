@@ -122,34 +122,44 @@ func (p *passage) told(ctx context.Context, resp *Response) {
 // is behind, and for a while such reads go to the leader at once; one that went there always would raise what is owed each
 // time, and a node that is only a little behind would never be asked again.
 const (
-	catchUp     = 50 * time.Millisecond
+	owedWait    = 50 * time.Millisecond
 	behindAgain = time.Second
 )
 
-// current says whether the instance here knows what clients of this node may know already. Where none is ready, the gate
-// decides.
-func (rt *route) current(ctx context.Context) bool {
-	if in := rt.run.Load(); in != nil && in.leader {
-		// The leader's instance is told of no changes: it makes them. It may outlive its office, while its mount is held up in
-		// something else, and then the next leader's instance makes them.
-		if role := rt.r.cfg.Replica.Role(); !role.Leader || in.term.Load() != role.Term {
+// current says whether the instance here knows what clients of this node may know already.
+func (rt *route) current() bool { return rt.inval.told.Load() >= rt.owed.Load() }
+
+// awaitOwed waits until it does, or says that the node is too far behind for that.
+func (rt *route) awaitOwed(ctx context.Context) bool {
+	if t := rt.behind.Load(); t != nil && time.Since(*t) < behindAgain {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, owedWait)
+	defer cancel()
+	owed := rt.owed.Load()
+	// The queue hears of an entry before a view has it: what of the mount is not in it by then is not in the log up to there.
+	if rt.r.applied(ctx, owed) && rt.inval.wait(ctx, rt.inval.seen.Load(), owedWait) {
+		rt.inval.knows(owed)
+		return true
+	}
+	now := time.Now()
+	rt.behind.Store(&now)
+	return false
+}
+
+// applied waits until this node's state has an entry; false when ctx ends first.
+func (r *Router) applied(ctx context.Context, index uint64) bool {
+	for {
+		changed := r.cfg.State.Changed()
+		if r.cfg.State.View().Index() >= index {
+			return true
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
 			return false
 		}
 	}
-	owed := rt.owed.Load()
-	if rt.inval.told.Load() >= owed || rt.gate.lane[readLane].Load() == nil {
-		return true
-	}
-	now := int64(time.Since(rt.r.began))
-	if last := rt.behind.Load(); last > 0 && now-last < int64(behindAgain) {
-		return false
-	}
-	if rt.inval.wait(ctx, owed, catchUp) {
-		rt.behind.Store(0)
-		return true
-	}
-	rt.behind.Store(now)
-	return false
 }
 
 // send runs one attempt. more says that the request certainly did not take effect and that another attempt may do better.
@@ -283,7 +293,7 @@ type existence struct {
 func (p *passage) sent(err error, complete bool) error {
 	said := fault.FromGRPC(err)
 	switch {
-	case ours(said):
+	case fault.Said(said):
 		return said
 	case !complete:
 		return fault.As(fault.Unavailable, said, "forward to", "the leader")
@@ -300,7 +310,7 @@ func (p *passage) sent(err error, complete bool) error {
 // again says whether the request may be sent once more.
 func (p *passage) again(err error, complete bool) bool {
 	said := fault.FromGRPC(err)
-	if ours(said) {
+	if fault.Said(said) {
 		switch fault.KindOf(said) {
 		case fault.NotLeader, fault.Unavailable, fault.Fenced:
 			return true
@@ -309,12 +319,6 @@ func (p *passage) again(err error, complete bool) bool {
 		}
 	}
 	return !complete || !p.writes()
-}
-
-// ours reports whether a node said this, rather than the connection.
-func ours(err error) bool {
-	e, ok := errors.AsType[*fault.Error](err)
-	return ok && e.Err == nil
 }
 
 // Handle implements peerv1.ForwardServer: it runs a request that another node has authorised and forwarded. Errors are

@@ -22,9 +22,8 @@ type invalidations struct {
 	waiters []waiter
 
 	wake chan struct{}
-	// seen is the index of the newest change or snapshot, told the one up to which the instance knows, newest that of the
-	// newest entry of the mount.
-	seen, told, newest atomic.Uint64
+	// seen is the index of the newest change or snapshot, told the one up to which the instance knows.
+	seen, told atomic.Uint64
 }
 
 type change struct {
@@ -47,7 +46,6 @@ func (q *invalidations) add(keys []string, index uint64) (overflow bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	raise(&q.seen, index)
-	raise(&q.newest, index)
 	if !q.follows {
 		// The leader's instance wrote this itself.
 		q.tell(index)

@@ -31,8 +31,8 @@ type route struct {
 	// owed is the index of the newest entry that a client of this node may know of, from an answer of the leader's, before
 	// this node's instance was told of it.
 	owed atomic.Uint64
-	// behind is when, on the router's clock, this node's instance was last waited for in vain.
-	behind atomic.Int64
+	// behind is when this node's instance was last waited for in vain.
+	behind atomic.Pointer[time.Time]
 	// forwards counts the requests that this node has given to the leader; replaced at every switch, so that those
 	// before it can be waited for.
 	forwards atomic.Pointer[refs]

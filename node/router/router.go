@@ -78,8 +78,8 @@ type Response struct {
 	// Mount is the mount as this node's state has it.
 	Mount *commandv1.Mount
 
-	// wrote is the index of the mount's newest entry that the answer may depend on: of a write, what the instance itself has
-	// written; of a read, what it could see. A forwarder waits for the first, and goes back behind neither.
+	// wrote is the index that a forwarder must not go back behind: of a write, that of the newest entry that the instance itself
+	// has written, for which the forwarder waits; of a peer's read, that of the state which it could see.
 	wrote uint64
 	// hasCheck and found answer an existence check.
 	hasCheck, found bool
@@ -100,7 +100,6 @@ type Router struct {
 	cfg     Config
 	log     *slog.Logger
 	metrics *metrics
-	began   time.Time
 	// routes is keyed by mount uuid; its values are *route.
 	routes sync.Map
 
@@ -118,7 +117,7 @@ func New(cfg Config) (*Router, error) {
 	if err != nil {
 		return nil, fault.Wrap(err, "register metrics of", "node/router")
 	}
-	r := &Router{cfg: cfg, log: cfg.Logger, metrics: mt, began: time.Now()}
+	r := &Router{cfg: cfg, log: cfg.Logger, metrics: mt}
 	r.ctx, r.cancel = context.WithCancelCause(context.Background())
 	return r, nil
 }

@@ -93,9 +93,6 @@ func (p *passage) run(ctx context.Context) (*Response, error) {
 
 // travel finds the way: here, or to the leader, until the request is answered.
 func (p *passage) travel(ctx context.Context) (*Response, error) {
-	if p.lane == readLane && !p.rt.current(ctx) {
-		p.lane = writeLane
-	}
 	var not *instance
 	for try := 0; ; try++ {
 		if err := p.lease(); err != nil {
@@ -133,6 +130,13 @@ func (p *passage) travel(ctx context.Context) (*Response, error) {
 			}
 			continue
 		}
+		if p.lane == readLane && !p.mayRead(in) {
+			in.release()
+			if in.leader || try >= maxTries || !p.rt.awaitOwed(ctx) {
+				p.lane = writeLane
+			}
+			continue
+		}
 		resp, then, err := p.inside(ctx, in)
 		switch {
 		case then == answered || try >= maxTries:
@@ -143,6 +147,16 @@ func (p *passage) travel(ctx context.Context) (*Response, error) {
 			p.lane, not = writeLane, nil
 		}
 	}
+}
+
+// mayRead says whether an instance knows what a read here must show. The leader's is told of no changes, for it makes them: it
+// may outlive its office, while its mount is held up in something else, and then the next leader's makes them.
+func (p *passage) mayRead(in *instance) bool {
+	if in.leader {
+		role := p.r.cfg.Replica.Role()
+		return role.Leader && in.term.Load() == role.Term
+	}
+	return p.rt.current()
 }
 
 // elsewhere says whether a request that waits at the gate has a better place to go.
@@ -237,8 +251,8 @@ func (p *passage) inside(ctx context.Context, in *instance) (*Response, after, e
 	case p.writes():
 		resp.wrote = in.store.last.Load()
 		resp.Index = max(resp.Index, resp.wrote)
-	case in.leader:
-		resp.wrote = max(p.rt.inval.newest.Load(), in.store.last.Load())
+	case p.req.fromPeer:
+		resp.wrote = p.r.cfg.State.View().Index() // it can have seen nothing newer
 	}
 	if err := p.finish(ctx, in, resp); err != nil {
 		resp.Plugin = nil

@@ -98,7 +98,7 @@ func (r *Router) Switch(ctx context.Context, m *commandv1.Mount, plan SwitchPlan
 	if s.old != nil {
 		out.Old = s.old.backend
 	}
-	s.around.settle(heldGrace)
+	s.around.settle(ctx, heldGrace)
 	out.Traffic = s.around.record()
 	return out, nil
 }

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"context"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -49,11 +50,13 @@ type around struct {
 	served, held, failed, drained, canceled atomic.Uint64
 	took                                    hist
 	// pending are the requests that came while this was the meter's record and are not answered yet.
-	pending atomic.Int64
+	pending refs
 	before  time.Duration
-	// idle is a record between switches: it counts only who is in flight, for the switch that begins next.
-	idle       bool
-	next, prev atomic.Pointer[around]
+	// idle is a record between switches: it counts only who is in flight. next is the switch that ended it, to which they count.
+	idle bool
+	next atomic.Pointer[around]
+	// prev is the record that a switch has ended; the switch's own.
+	prev *around
 	// after is the tally of the generation that came to serve; nil until then.
 	after atomic.Pointer[tally]
 }
@@ -62,7 +65,7 @@ func newMeter(now func() time.Time) *meter {
 	m := &meter{now: now}
 	m.cur.Store(&tally{})
 	m.hand.Store(&window{from: now(), cur: &hist{}})
-	m.open.Store(&around{idle: true})
+	m.open.Store(&around{idle: true, pending: newRefs()})
 	return m
 }
 
@@ -127,16 +130,15 @@ func (m *meter) roll() *hist {
 func (m *meter) begin() *around {
 	m.roll()
 	w := m.hand.Load()
-	a, idle := &around{before: quantile(.99, w.cur, w.prev)}, m.open.Load()
-	a.prev.Store(idle)
-	idle.next.Store(a)
+	a := &around{before: quantile(.99, w.cur, w.prev), pending: newRefs(), prev: m.open.Load()}
+	a.prev.next.Store(a)
 	m.open.Store(a)
 	return a
 }
 
 // end closes the record. With a generation, that one serves from now on, and is counted from nothing unless it did before.
 func (m *meter) end(a *around, generation uint64) {
-	m.open.CompareAndSwap(a, &around{idle: true})
+	m.open.CompareAndSwap(a, &around{idle: true, pending: newRefs()})
 	if generation != 0 {
 		t := m.cur.Load()
 		if t.generation != generation {
@@ -154,11 +156,12 @@ func (m *meter) end(a *around, generation uint64) {
 func (m *meter) relabel(generation uint64) { m.cur.Store(&tally{generation: generation}) }
 
 // settle waits, bounded, for the requests that the switch held, and for those that were in flight when it began.
-func (a *around) settle(limit time.Duration) {
-	prev := a.prev.Swap(nil)
-	for end := time.Now().Add(limit); a.pending.Load()+prev.pending.Load() > 0 && time.Now().Before(end); {
-		time.Sleep(time.Millisecond)
-	}
+func (a *around) settle(ctx context.Context, limit time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	a.prev.pending.drain(ctx, limit)
+	a.pending.drain(ctx, limit)
+	a.prev = nil
 }
 
 func (a *around) record() *commandv1.Traffic {

@@ -3,17 +3,18 @@
 package e2e
 
 import (
-	"encoding/json"
+	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"rollcall/node/nodetest/overlay"
 )
 
 // A static Go program takes the time from the kernel itself, so its wall clock is moved inside it: `go build -overlay`
@@ -36,61 +37,32 @@ func buildSkewed(version string) (string, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	root, err := exec.Command("go", "env", "GOROOT").Output()
+	std, err := overlay.Std(context.Background())
 	if err != nil {
 		return "", err
 	}
-	std := filepath.Join(strings.TrimSpace(string(root)), "src", "time")
 	top, err := filepath.Abs(repository)
 	if err != nil {
 		return "", err
 	}
-	files := map[string]string{
-		filepath.Join(std, "e2e_offset.go"): "package time\n\nimport \"sync/atomic\"\n\nvar e2eOffset atomic.Int64\n\n" +
+	files := overlay.Files{
+		filepath.Join(std, "time", "e2e_offset.go"): "package time\n\nimport \"sync/atomic\"\n\nvar e2eOffset atomic.Int64\n\n" +
 			"func E2EOffset(seconds int64) { e2eOffset.Store(seconds) }\n",
 		filepath.Join(top, "cmd", "rollcall", "e2e_clock.go"): clockReader,
 	}
-	now := filepath.Join(std, "time.go")
-	if files[now], err = changed(now, "sec, nsec, mono := runtimeNow()\n", "sec, nsec, mono := runtimeNow()\n\tsec += e2eOffset.Load()\n"); err != nil {
-		return "", err
+	err = files.Replace(filepath.Join(std, "time", "time.go"), "sec, nsec, mono := runtimeNow()\n", "sec, nsec, mono := runtimeNow()\n\tsec += e2eOffset.Load()\n")
+	if err == nil && version != "" {
+		err = files.Replace(filepath.Join(top, "node", "version.go"), `const Version = "`, `const Version = "`+version+`" + "" // `)
 	}
-	if version != "" {
-		path := filepath.Join(top, "node", "version.go")
-		if files[path], err = changed(path, `const Version = "`, `const Version = "`+version+`" + "" // `); err != nil {
-			return "", err
-		}
-	}
-	replace := map[string]string{}
-	for path, text := range files {
-		file := filepath.Join(dir, fmt.Sprintf("%s-%s", filepath.Base(filepath.Dir(path)), filepath.Base(path)))
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			return "", err
-		}
-		replace[path] = file
-	}
-	raw, err := json.Marshal(map[string]any{"Replace": replace})
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("say here how its clock is moved now: %w", err)
 	}
-	overlay := filepath.Join(dir, "overlay.json")
-	if err := os.WriteFile(overlay, raw, 0o600); err != nil {
+	flag, err := files.Flag(dir)
+	if err != nil {
 		return "", err
 	}
 	bin := filepath.Join(binDir, "rollcall-clock"+version)
-	return bin, build(nil, "go", "build", "-overlay", overlay, "-o", bin, "./cmd/rollcall")
-}
-
-// changed is a source file with its first occurrence of a text replaced.
-func changed(path, from, to string) (string, error) {
-	raw, err := os.ReadFile(path)
-	if err != nil {
-		return "", err
-	}
-	before, after, ok := strings.Cut(string(raw), from)
-	if !ok {
-		return "", fmt.Errorf("%s does not hold %q any more: say here how its clock is moved now", path, from)
-	}
-	return before + to + after, nil
+	return bin, build(nil, "go", "build", flag, "-o", bin, "./cmd/rollcall")
 }
 
 const clockReader = `package main

@@ -10,13 +10,14 @@ package exact
 import (
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"rollcall/node/nodetest/overlay"
 )
 
 // Variable is what the environment of a process holds that is to be exact: a seed.
@@ -42,6 +43,9 @@ func Env(seed uint64) []string {
 
 // On says whether this process was started to be exact.
 func On() bool { return os.Getenv(Variable) != "" }
+
+// Known begins the versions of Go whose runtime the changes were written for.
+const Known = "go1.26"
 
 // ErrUnknown says that the sources of this Go are not those that the changes were written for.
 var ErrUnknown = errors.New("exactness is not known for this version of Go")
@@ -91,24 +95,13 @@ var changes = []change{
 	},
 }
 
-// Overlay is what the changes make of the sources below goroot: path to text. The files that are added have no original.
-func Overlay(goroot string) (map[string]string, error) {
-	src := filepath.Join(goroot, "src")
-	files := map[string]string{filepath.Join(src, "runtime", "rollcall_exact.go"): added}
+// Overlay is what the changes make of the standard library in std.
+func Overlay(std string) (overlay.Files, error) {
+	files := overlay.Files{filepath.Join(std, "runtime", "rollcall_exact.go"): added}
 	for _, c := range changes {
-		path := filepath.Join(src, filepath.FromSlash(c.file))
-		text, ok := files[path]
-		if !ok {
-			raw, err := os.ReadFile(path)
-			if err != nil {
-				return nil, fmt.Errorf("%w: %w", ErrUnknown, err)
-			}
-			text = string(raw)
+		if err := files.Replace(filepath.Join(std, filepath.FromSlash(c.file)), c.from, c.to); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrUnknown, err)
 		}
-		if n := strings.Count(text, c.from); n != 1 {
-			return nil, fmt.Errorf("%w: %s holds %q %d times, not once", ErrUnknown, c.file, c.from, n)
-		}
-		files[path] = strings.Replace(text, c.from, c.to, 1)
 	}
 	return files, nil
 }
@@ -116,32 +109,20 @@ func Overlay(goroot string) (map[string]string, error) {
 // Build makes the test binary of a package as dir/exact.test, with the changed runtime. The go command keeps what it
 // compiled: the first build takes as long as one of the standard library, later ones are a link.
 func Build(ctx context.Context, pkg, dir string) (binary string, err error) {
-	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
-	if err != nil {
-		return "", fmt.Errorf("ask the go command where it lives: %w", err)
-	}
-	files, err := Overlay(strings.TrimSpace(string(out)))
+	std, err := overlay.Std(ctx)
 	if err != nil {
 		return "", err
 	}
-	replace := map[string]string{}
-	for path, text := range files {
-		file := filepath.Join(dir, filepath.Base(filepath.Dir(path))+"-"+filepath.Base(path))
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			return "", err
-		}
-		replace[path] = file
-	}
-	raw, err := json.Marshal(map[string]any{"Replace": replace})
+	files, err := Overlay(std)
 	if err != nil {
 		return "", err
 	}
-	overlay := filepath.Join(dir, "overlay.json")
-	if err := os.WriteFile(overlay, raw, 0o600); err != nil {
+	flag, err := files.Flag(dir)
+	if err != nil {
 		return "", err
 	}
 	binary = filepath.Join(dir, "exact.test")
-	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-overlay", overlay, "-o", binary, pkg)
+	cmd := exec.CommandContext(ctx, "go", "test", "-c", flag, "-o", binary, pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build %s with the changed runtime: %w\n%s", pkg, err, out)

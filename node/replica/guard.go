@@ -234,6 +234,9 @@ func (g *guard) settle(rpc *raft.RPC) bool {
 	return false
 }
 
+// ErrRestoreLost ends a node whose state the cluster never had. Nothing but an empty disk makes it a follower again.
+var ErrRestoreLost = errors.New("it was cut off in the middle of an operator's restore, and the others went on without it")
+
 // contradicts is an error when the leader's log has another entry at the index of this node's newest snapshot. Raft puts an
 // operator's restore into the leader's own state, and onto its disk, before anybody else has it. When that leader ends just
 // then, and the others go on without the restore, its snapshot holds a state that the cluster never had, at an index that
@@ -264,6 +267,6 @@ func (g *guard) contradicts(c *raft.AppendEntriesRequest, applied, term uint64) 
 		return nil
 	}
 	return fault.New(fault.Corrupt, "follow the leader", "", "this node holds a restored state, at index %d of term %d, that the cluster "+
-		"does not have: it was cut off in the middle of an operator's restore, and the others went on without it. Move its data "+
-		"directory away and start it again under the same name, as a replaced disk", have.Index, have.Term)
+		"does not have: %w. Move its data directory away and start it again under the same name, as a replaced disk",
+		have.Index, have.Term, ErrRestoreLost)
 }

@@ -11,6 +11,7 @@ import (
 
 	"rollcall/node/fault"
 	"rollcall/node/nodetest/check"
+	"rollcall/node/replica"
 	"rollcall/transport/pki"
 )
 
@@ -62,7 +63,7 @@ func newCluster(opt Options, dir string, log slog.Handler) (*cluster, error) {
 	}
 	c := &cluster{
 		log: log, opt: opt, dir: dir, ca: ca, token: "rc.simulation-root-token", wires: newWires(opt.Seed), pid: 100,
-		rec: check.NewRecorder(), ended: make(chan struct{}), gate: newGate(), extra: map[*member]bool{},
+		rec: check.NewRecorder(), ended: make(chan struct{}), gate: &gate{}, extra: map[*member]bool{},
 	}
 	c.gossip = newGossip(c)
 	rng := rngOf(opt.Seed, "clocks")
@@ -98,7 +99,7 @@ func (c *cluster) logger(name string) *slog.Logger { return slog.New(c.log).With
 
 // gaveUp is told of a node that cannot go on, and was not asked to leave.
 func (c *cluster) gaveUp(m *member, err error) {
-	if m.isLeaving() {
+	if m.leaving.Load() {
 		c.note("%s gave up while it was taken out: %v", m.name, err)
 		return
 	}
@@ -116,10 +117,10 @@ func (c *cluster) handled(node, mount, key, input string) {
 // void reports whether a node ended because it holds a restore that the cluster did not take, or was removed after all. It
 // asks for a new disk then.
 func (c *cluster) void(m *member, err error) bool {
-	if fault.Is(err, fault.Denied) && m.isAsked() {
+	if fault.Is(err, fault.Denied) && m.asked.Load() {
 		return true
 	}
-	if !fault.Is(err, fault.Corrupt) || !strings.Contains(err.Error(), "in the middle of an operator's restore") || m.isLeaving() {
+	if !errors.Is(err, replica.ErrRestoreLost) || m.leaving.Load() {
 		return false
 	}
 	c.note("%s gets a new disk, as it asks for: %v", m.name, err)

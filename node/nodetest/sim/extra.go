@@ -46,35 +46,9 @@ func (c *cluster) setExtra(m *member, in bool) {
 	c.extra[m] = in
 }
 
-func (m *member) setLeaving(l bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.leaving = l
-}
-
-// isLeaving is true for a member that has been told to go; it is left alone meanwhile.
-func (m *member) isLeaving() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.leaving
-}
-
-// setAsked says that its removal was asked for, and nobody knows whether it was removed.
-func (m *member) setAsked(a bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.asked = a
-}
-
-func (m *member) isAsked() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.asked
-}
-
 // staying are the members that nobody has told to go.
 func (n *nemesis) staying() []*member {
-	return slices.DeleteFunc(n.c.members(), (*member).isLeaving)
+	return slices.DeleteFunc(n.c.members(), func(m *member) bool { return m.leaving.Load() })
 }
 
 // join starts a node that the cluster has never seen, on an empty disk. It knows the founders' addresses and finds its way in
@@ -102,12 +76,12 @@ func (n *nemesis) leaveForGood() *broken {
 	if node == nil {
 		return nil
 	}
-	m.setLeaving(true)
+	m.leaving.Store(true)
 	how := "it runs on"
 	switch way {
 	case 0:
 		if how = "it is told to"; !n.op.leave(m) {
-			m.setLeaving(false)
+			m.leaving.Store(false)
 			return nil
 		}
 	case 1:
@@ -127,7 +101,7 @@ func (n *nemesis) leaveForGood() *broken {
 		m.kill(false)
 		n.c.setExtra(m, false)
 		m.replace()
-		m.setLeaving(false)
+		m.leaving.Store(false)
 	}, time.Second, 15 * time.Second}
 }
 
@@ -169,7 +143,7 @@ func (c *cluster) memberships() error {
 		if n == nil {
 			return fmt.Errorf("%s does not run", m.name)
 		}
-		if m.isLeaving() {
+		if m.leaving.Load() {
 			return fmt.Errorf("%s is leaving", m.name)
 		}
 		want = append(want, m.name+" "+n.ID())

@@ -177,7 +177,7 @@ func (n *nemesis) some() *member {
 // strike breaks the leader in the middle of something, by one of three ways.
 func (n *nemesis) strike(kind string, rng *rand.Rand) {
 	l := n.c.leader()
-	if l == nil || l.isLeaving() {
+	if l == nil || l.leaving.Load() {
 		return
 	}
 	var b *broken
@@ -423,9 +423,9 @@ func (n *nemesis) leave() *broken {
 	if node == nil {
 		return nil
 	}
-	m.setLeaving(true)
+	m.leaving.Store(true)
 	if !n.op.leave(m) {
-		m.setLeaving(false)
+		m.leaving.Store(false)
 		return nil
 	}
 	return &broken{m.name, "", func() {
@@ -434,9 +434,9 @@ func (n *nemesis) leave() *broken {
 		if n.op.remove(m, node.ID(), 10*time.Second) == nil {
 			m.replace()
 		} else {
-			m.setAsked(true)
+			m.asked.Store(true)
 		}
-		m.setLeaving(false)
+		m.leaving.Store(false)
 		n.boot(m)
 	}, 5 * time.Second, 20 * time.Second}
 }

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"rollcall/fsm"
@@ -33,13 +34,14 @@ type member struct {
 	boots int
 	path  string // of the small files: node id, incarnation, cluster
 
+	leaving atomic.Bool // it is about to go, to come back as another node or never; it is left alone meanwhile
+	asked   atomic.Bool // its removal was asked for, and may have happened
+
 	mu       sync.Mutex // never held over a wait
 	node     *node.Node
 	launcher *launcher
 	over     chan struct{} // closed when this boot has ended
 	disks    int           // how often its disk was replaced
-	leaving  bool          // it is about to go, to come back as another node or never
-	asked    bool          // its removal was asked for, and may have happened
 }
 
 func newMember(c *cluster, name string, drift float64) *member {
@@ -265,7 +267,7 @@ func (m *member) restart() error {
 func (m *member) replace() {
 	m.mu.Lock()
 	m.disks++
-	m.asked = false
+	m.asked.Store(false)
 	m.mu.Unlock()
 	m.disk, m.path = newMember(m.c, m.name, m.drift).disk, ""
 }

@@ -31,8 +31,6 @@ type gate struct {
 	idle   chan struct{} // closed when the last one inside leaves
 }
 
-func newGate() *gate { return &gate{} }
-
 // enter waits until the gate is open; false when the load ended first.
 func (g *gate) enter(ended <-chan struct{}) bool {
 	for {

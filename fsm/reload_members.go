@@ -139,6 +139,40 @@ func (e *entry) nodeGone(id, why string) {
 		p.Safe, p.Why = commandv1.Safe_SAFE_LEFT, why
 		e.decide(r)
 	}
+	var ended []*commandv1.Reload // without it
+	e.reloads.Scan(func(_ string, r *commandv1.Reload) bool {
+		if p := findParticipant(r, id); r.GetPhase() == commandv1.Phase_PHASE_DONE && p != nil && !out(p) && down(p) {
+			ended = append(ended, r)
+		}
+		return true
+	})
+	for _, r := range ended {
+		r = clone(r)
+		p := findParticipant(r, id)
+		p.Safe, p.Why = commandv1.Safe_SAFE_LEFT, why
+		for _, o := range p.GetMounts() {
+			if o.GetVerdict() == commandv1.Verdict_VERDICT_PENDING_DOWN {
+				o.Verdict = commandv1.Verdict_VERDICT_UNSPECIFIED
+			}
+		}
+		e.conclude(r)
+		e.storeReload(r)
+	}
+}
+
+// down reports whether a reload has ended with a verdict owed by this participant, which cannot answer the old generation any more.
+// An unconfirmed one may still: that it was removed does not make that untrue.
+func down(p *commandv1.Participant) bool {
+	owes := false
+	for _, o := range p.GetMounts() {
+		switch o.GetVerdict() {
+		case commandv1.Verdict_VERDICT_PENDING_DOWN:
+			owes = true
+		case commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
+			return false
+		}
+	}
+	return owes
 }
 
 // running finds a reload and a participant for what a leader says of a node.

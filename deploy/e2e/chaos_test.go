@@ -32,11 +32,9 @@ type chaos struct {
 	accepted map[string]bool
 	// decided are the pauses of reloads that the test has answered as their operator.
 	decided map[string]bool
-	// replaced are the nodes that have lost their disk since the last fault: what is there now is another node of that name.
-	replaced []string
-	tally    *tally
-	before   map[string]holdings // what every node held before the first fault
-	rec      *check.Recorder
+	tally   *tally
+	before  map[string]holdings // what every node held before the first fault
+	rec     *check.Recorder
 }
 
 // campaign is the length and the seed that the environment gives.
@@ -277,7 +275,7 @@ func (x *chaos) converge(made []*kindTally) {
 			x.sameEverywhere(id)
 		}
 	}
-	x.asked, x.replaced = nil, nil
+	x.asked = nil
 }
 
 // over says which reload has not ended. One that nobody acknowledged may not exist.
@@ -294,9 +292,7 @@ func (x *chaos) over() error {
 			x.decide(rec)
 		}
 		// One that was rolled back is owed nothing any more: the rollback has a record of its own.
-		// What a node was to do that has lost its disk nobody can do for it: that one stays pending.
-		owing := slices.DeleteFunc(slices.Clone(rec.Pending), func(n string) bool { return slices.Contains(x.replaced, n) })
-		if !api.Ended(rec.Phase) || len(owing) > 0 && rec.Outcome != api.OutcomeRolledBack {
+		if !api.Ended(rec.Phase) || len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack {
 			return fmt.Errorf("not over:\n%s", tell(rec))
 		}
 	}

@@ -50,10 +50,9 @@ func processFaults() []trouble {
 			_ = v.client().StepDown(ctx) // refused where there is no leader at the moment
 			return nil
 		}},
-		{kind: "node lost and replaced by an empty one", hold: between(100, 1000), do: func(x *chaos, v *server) func() {
+		{kind: "node lost and replaced by an empty one", hold: between(100, 1000), do: func(_ *chaos, v *server) func() {
 			v.kill()
 			v.replace()
-			x.replaced = append(x.replaced, v.name)
 			return func() { v.born(); v.start() }
 		}},
 		{kind: "majority killed at once", hold: between(500, 3000), all: true, do: func(x *chaos, _ *server) func() {

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -66,7 +65,7 @@ var troubles = []trouble{
 		x.docker("update", "--cpus", "0.05", id)
 		return func() { x.docker("update", "--cpus", "2", id) }
 	}},
-	{emptied, time.Second, func(x *chaos, n int) func() {
+	{"volume replaced", time.Second, func(x *chaos, n int) func() {
 		x.docker("rm", "-f", x.container(service(n)))
 		x.docker("volume", "rm", fmt.Sprintf("%s_%s", project, service(n)))
 		return x.up
@@ -80,9 +79,6 @@ var troubles = []trouble{
 		return x.up
 	}},
 }
-
-// emptied is the kind of fault that takes a node's identity with its disk.
-const emptied = "volume replaced"
 
 func pause(x *chaos, n int) func() {
 	id := x.container(service(n))
@@ -203,7 +199,7 @@ func (x *chaos) step(k trouble) {
 	undo()
 	healed()
 	began := time.Now()
-	until(x.t, 60*time.Second, "every node serves again", func() error { return x.settled(id, n, k.kind == emptied) })
+	until(x.t, 60*time.Second, "every node serves again", func() error { return x.settled(id) })
 	x.slowest = max(x.slowest, time.Since(began))
 }
 
@@ -221,9 +217,8 @@ func (x *chaos) reload(n int) string {
 	return id
 }
 
-// settled says what is missing until every node serves what is wanted, and a reload is over, if it was ever taken. A node that
-// lost its disk is another one now: the one that it was stays pending for ever.
-func (x *chaos) settled(id string, victim int, lost bool) error {
+// settled says what is missing until every node serves what is wanted, and a reload is over, if it was ever taken.
+func (x *chaos) settled(id string) error {
 	ctx, cancel := context.WithTimeout(x.t.Context(), 5*time.Second)
 	defer cancel()
 	for n := 1; n <= 3; n++ {
@@ -250,9 +245,7 @@ func (x *chaos) settled(id string, victim int, lost bool) error {
 	if fault.Is(err, fault.NotFound) {
 		return nil
 	}
-	owing := err == nil && len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack &&
-		(!lost || !slices.Equal(rec.Pending, []string{service(victim)}))
-	if err == nil && (!api.Ended(rec.Phase) || owing) {
+	if err == nil && (!api.Ended(rec.Phase) || len(rec.Pending) > 0 && rec.Outcome != api.OutcomeRolledBack) {
 		return fmt.Errorf("reload %s is %s, pending %v", id, rec.Phase, rec.Pending)
 	}
 	return err

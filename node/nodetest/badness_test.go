@@ -116,12 +116,9 @@ func TestANodeWhoseFileWasReplacedGetsTheRegisteredBytesFromAPeer(t *testing.T) 
 	b.Register("demo", "v1.0.0")
 	b.Enable("demo", "demo", "v1.0.0")
 	command, sum := b.replaced(2)
-	_, err := b.Client(0).RegisterPlugin(t.Context(), "secret", "demo", api.RegisterRequest{
+	b.register(0, "secret", "demo", api.RegisterRequest{
 		SHA256: sum, Version: "v1.1.0", Command: command, Args: []string{pluginArg, "-version", "v1.1.0"},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	if rec := b.Reload(2, api.ReloadRequest{Plugin: "demo", Scope: "global", Version: "v1.1.0"}); rec.Outcome != api.OutcomeSucceeded {
 		t.Fatalf("%s (%s): %+v", rec.Outcome, rec.Why, rec.Nodes)
 	}
@@ -185,11 +182,7 @@ func (b *badCluster) refuses(t *testing.T, k badness, version string, i int) {
 	if k.args != nil {
 		args = append(append(args, "-fail-on", bad), k.args...)
 	}
-	if _, err := b.Client(i).RegisterPlugin(t.Context(), "secret", "demo", api.RegisterRequest{
-		SHA256: sum, Version: version, Command: command, Args: args,
-	}); err != nil {
-		t.Fatal(err)
-	}
+	b.register(i, "secret", "demo", api.RegisterRequest{SHA256: sum, Version: version, Command: command, Args: args})
 	if k.arm != nil {
 		defer k.arm(b, number)()
 	}

@@ -54,13 +54,10 @@ func startDatabase(t *testing.T, n int) *databaseCluster {
 
 func (c *databaseCluster) register(name, version string, args ...string) {
 	c.t.Helper()
-	_, err := c.Client(0).RegisterPlugin(c.t.Context(), "database", name, api.RegisterRequest{
+	c.Cluster.register(0, "database", name, api.RegisterRequest{
 		SHA256: c.Sum, Version: version, Command: PluginCommand,
 		Args: append([]string{pluginArg, "-database", "-version", version}, args...),
 	})
-	if err != nil {
-		c.t.Fatalf("register %s %s: %v", name, version, err)
-	}
 }
 
 // write writes through the last node: most often a follower.

@@ -181,13 +181,20 @@ func (c *Cluster) Client(i int) *api.Client {
 // Register enters a version of the test plugin, with arguments of package demoplugin.
 func (c *Cluster) Register(name, version string, args ...string) {
 	c.t.Helper()
-	op := c.Record.Invoke(check.Op{Kind: check.Register, Node: c.Node(0).Name(), Key: "secret/" + name + "/" + version, Input: c.Sum})
-	_, err := c.Client(0).RegisterPlugin(c.t.Context(), "secret", name, api.RegisterRequest{
+	c.register(0, "secret", name, api.RegisterRequest{
 		SHA256: c.Sum, Version: version, Command: PluginCommand,
 		Args: append([]string{pluginArg, "-version", version}, args...),
 	})
-	if err != nil {
-		c.t.Fatalf("register %s %s: %v", name, version, err)
+}
+
+// register enters a version through node i, and records that: processes may be started from its bytes from now on (I9).
+func (c *Cluster) register(i int, kind, name string, req api.RegisterRequest) {
+	c.t.Helper()
+	op := c.Record.Invoke(check.Op{
+		Kind: check.Register, Node: c.Node(i).Name(), Key: kind + "/" + name + "/" + req.Version, Input: req.SHA256,
+	})
+	if _, err := c.Client(i).RegisterPlugin(c.t.Context(), kind, name, req); err != nil {
+		c.t.Fatalf("register %s %s: %v", name, req.Version, err)
 	}
 	op.Outcome = check.OK
 	c.Record.Complete(op)

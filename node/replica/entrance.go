@@ -147,9 +147,11 @@ func (r *Replica) enter() {
 	close(r.ready)
 }
 
-// becomeMember returns true once the Raft configuration here names this node, or the leader has let it in.
+// becomeMember returns true once the Raft configuration here names this node, or the leader has let it in. A node that has
+// belonged to the cluster and is not let in again was removed: nothing that it could wait for changes that, and it fails. A new
+// one waits, until its certificate or its name is put right.
 func (r *Replica) becomeMember() bool {
-	var said string
+	var said, refused string
 	for attempt := 0; r.ctx.Err() == nil; attempt++ {
 		changed, role := r.cfg.Discovery.Changed(), r.RoleChanged()
 		if r.configured() != nil {
@@ -160,9 +162,16 @@ func (r *Replica) becomeMember() bool {
 		if let {
 			return true
 		}
-		if fault.Is(err, fault.Denied) || fault.Is(err, fault.Conflict) {
-			r.log.Error("the cluster does not let this node in", "error", err)
-		} else if err != nil {
+		switch {
+		case fault.Is(err, fault.Denied) && r.entrance.clusterID() != "":
+			r.fail(fault.Wrap(err, "enter the cluster", r.cfg.Name))
+			return false
+		case fault.Is(err, fault.Denied), fault.Is(err, fault.Conflict):
+			if news := err.Error(); news != refused || attempt%20 == 0 {
+				refused = news
+				r.log.Error("the cluster does not let this node in", "error", err)
+			}
+		case err != nil:
 			r.log.Info("not let in yet", "error", err)
 		}
 		if founded, why := r.found(facts); founded {

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"rollcall/fsm"
+	"rollcall/node/replica/internal/disk"
 	commandv1 "rollcall/proto/command/v1"
 	"rollcall/transport"
 	"rollcall/transport/pki"
@@ -201,6 +202,33 @@ func (m *member) crash() {
 	m.c.net.CloseConns(m.host)
 	m.stop()
 	m.c.net.Rejoin(m.host)
+}
+
+// append puts an entry at the end of the log of a node that does not run.
+func (m *member) append(entry *raft.Log) {
+	m.c.t.Helper()
+	dir, err := OpenDir(m.path)
+	if err != nil {
+		m.c.t.Fatal(err)
+	}
+	defer func() { _ = dir.Close() }()
+	stores, err := dir.Open(disk.Options{NoSync: true, Retain: 2})
+	if err != nil {
+		m.c.t.Fatal(err)
+	}
+	defer func() { _ = stores.Close() }()
+	var last raft.Log
+	index, err := stores.Log.LastIndex()
+	if err == nil {
+		err = stores.Log.GetLog(index, &last)
+	}
+	if err == nil {
+		entry.Index, entry.Term = index+1, last.Term
+		err = stores.Log.StoreLog(entry)
+	}
+	if err != nil {
+		m.c.t.Fatalf("append to the log of %s: %v", m.name, err)
+	}
 }
 
 func (c *cluster) stopAll() {

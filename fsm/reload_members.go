@@ -170,6 +170,7 @@ func down(p *commandv1.Participant) bool {
 			owes = true
 		case commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
 			return false
+		default: // it has answered for this mount, or owes nothing there
 		}
 	}
 	return owes

@@ -94,8 +94,7 @@ func (l *mountLoop) bring(v View, m *commandv1.Mount, want *commandv1.Wanted, ro
 	defer stop()
 
 	rl := v.Reload(want.GetReloadId())
-	keepOld := rl.GetOptions().GetStrategy() == commandv1.Strategy_STRATEGY_BEST_EFFORT && l.run != nil && !l.down &&
-		!l.doubtful && l.run.wanted.GetGeneration() < want.GetGeneration()
+	keepOld := l.mayRefuse(rl) && l.run != nil && !l.down && !l.doubtful && l.run.wanted.GetGeneration() < want.GetGeneration()
 	var steps []*commandv1.Step
 	if !l.fits(want) {
 		l.endSpare()
@@ -245,8 +244,8 @@ func (l *mountLoop) switched(rl *commandv1.Reload, plan SwitchPlan, done *Switch
 	}
 }
 
-// failed takes note of a switch that did not work. A best-effort reload is refused and the old instance goes on; any
-// other is tried again, with back-off, for the way is forward.
+// failed takes note of a switch that did not work. A best-effort reload is refused and the old instance goes on, when the
+// plugin is to blame; any other is tried again, with back-off, for the way is forward.
 func (l *mountLoop) failed(
 	ctx context.Context, rl *commandv1.Reload, want *commandv1.Wanted, err error, steps []*commandv1.Step, keepOld bool,
 ) time.Duration {
@@ -260,11 +259,11 @@ func (l *mountLoop) failed(
 	l.pub.LastError = err.Error()
 	l.mu.Unlock()
 	l.r.metrics.failures.WithLabelValues(phase).Inc()
-	if keepOld {
-		l.refused = want.GetGeneration()
+	if keepOld && (!passing(err) || phaseOf(err, "") != "") {
 		l.log.Warn("reload refused, the old generation goes on", "reload_id", want.GetReloadId(),
 			"generation", l.run.wanted.GetGeneration(), "phase", phase, "cause", err)
-		l.refuse(rl, phase, err, steps)
+		l.refusal = l.refuse(rl, phase, err, steps)
+		l.refused = want.GetGeneration()
 		return 0
 	}
 	if l.since.IsZero() {

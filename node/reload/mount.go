@@ -67,8 +67,10 @@ type mountLoop struct {
 	retireSteps []*commandv1.Step
 	retireFrom  time.Time
 
-	tried     string
+	tried string
+	// refused is the generation that this node has refused, and refusal what it says of that until it is excused.
 	refused   uint64
+	refusal   *commandv1.MountReport
 	story     *story
 	restored  uint64
 	back      backoff

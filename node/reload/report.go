@@ -16,6 +16,9 @@ import (
 // tell makes sure that the reload which committed the running generation hears of it: from the state, not from having
 // been there, so that a restarted node and a lost report are no cases of their own. It answers when to look again.
 func (l *mountLoop) tell(v View) time.Duration {
+	if l.refused != 0 {
+		l.tellRefusal(v)
+	}
 	if l.run != nil && l.doubtful {
 		l.tellSafe(v)
 	}
@@ -124,11 +127,36 @@ func (l *mountLoop) fromFacts(rl *commandv1.Reload) *commandv1.ProcessFacts {
 	return facts(t.GetFrom(), t.GetFromGeneration(), 0)
 }
 
-func (l *mountLoop) refuse(rl *commandv1.Reload, phase string, err error, steps []*commandv1.Step) {
-	l.put(rl, &commandv1.MountReport{
+func (l *mountLoop) refuse(rl *commandv1.Reload, phase string, err error, steps []*commandv1.Step) *commandv1.MountReport {
+	rep := &commandv1.MountReport{
 		Stage: commandv1.MountReport_STAGE_REFUSED, FailedPhase: phase, Cause: cause(err), Steps: steps,
 		From: l.fromFacts(rl), To: facts(targetOf(rl, l.uuid).GetTo(), 0, 0),
-	})
+	}
+	l.put(rl, rep)
+	return rep
+}
+
+// mayRefuse reports whether this node may keep what it runs in place of what a reload wants.
+func (l *mountLoop) mayRefuse(rl *commandv1.Reload) bool {
+	p := participant(rl, l.r.self)
+	return p.GetIncarnation() == l.r.cfg.Replica.Incarnation() && takesRefusal(rl, outcome(p, l.uuid))
+}
+
+// tellRefusal says that this node has refused what is wanted, until it is wanted no more. When the record has no place for
+// that any more, the node has no excuse either, and goes forward.
+func (l *mountLoop) tellRefusal(v View) {
+	want := v.Wanted(v.Mount(l.uuid), l.r.self)
+	if want.GetGeneration() != l.refused {
+		return
+	}
+	rl := v.Reload(want.GetReloadId())
+	if l.mayRefuse(rl) {
+		l.put(rl, l.refusal)
+		return
+	}
+	l.log.Warn("a refusal came too late", "reload_id", want.GetReloadId(), "generation", l.refused)
+	l.refused, l.refusal = 0, nil
+	l.wakeUp()
 }
 
 // putFailed reports the first failure of a committed switch; the tries after it are the node's own affair.
@@ -198,11 +226,10 @@ func shown(
 		return rl.GetPhase() != commandv1.Phase_PHASE_PREPARING || o.GetPrepared() || !votes(p) ||
 			o.GetVerdict() != commandv1.Verdict_VERDICT_UNSPECIFIED
 	case commandv1.MountReport_STAGE_REFUSED:
-		if terminal(rl.GetPhase()) || o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED {
-			return true
+		if rl.GetPhase() == commandv1.Phase_PHASE_PREPARING {
+			return o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED
 		}
-		return rl.GetPhase() != commandv1.Phase_PHASE_PREPARING &&
-			rl.GetOptions().GetStrategy() != commandv1.Strategy_STRATEGY_BEST_EFFORT
+		return !takesRefusal(rl, o)
 	case commandv1.MountReport_STAGE_FAILED_SWITCH, commandv1.MountReport_STAGE_SAFE:
 		return terminal(rl.GetPhase()) ||
 			rank(have.GetStage()) >= rank(rep.GetStage()) && have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
@@ -212,6 +239,23 @@ func shown(
 			have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	default:
 		return true
+	}
+}
+
+// takesRefusal reports whether a record still takes in that a node keeps what it had: of a best-effort reload, while it runs
+// and, for a node that owes it an answer, when it is done.
+func takesRefusal(rl *commandv1.Reload, o *commandv1.MountOutcome) bool {
+	if o == nil || rl.GetOptions().GetStrategy() != commandv1.Strategy_STRATEGY_BEST_EFFORT ||
+		rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
+		return false
+	}
+	switch o.GetVerdict() {
+	case commandv1.Verdict_VERDICT_UNSPECIFIED:
+		return rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED
+	case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
+		return rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED || rl.GetPhase() == commandv1.Phase_PHASE_DONE
+	default:
+		return false
 	}
 }
 

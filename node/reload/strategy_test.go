@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"rollcall/fsm"
+	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
 )
 
@@ -148,6 +149,56 @@ func TestBestEffortKeepsARefusalWithItsNode(t *testing.T) {
 					t.Errorf("%d starts on the node that refused: a refusal is not tried again", got)
 				}
 				if !s.nodes[1].reloads.Converged() {
+					t.Error("the node that refused has not converged, though it runs what is wanted of it")
+				}
+			})
+		})
+	}
+}
+
+func TestBestEffortTriesAgainWhatWasNotThePluginsFault(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := cluster(t, 3)
+		defer s.stop()
+		n := s.nodes[1]
+		n.plugins.act(sha("2"), behaviour{switchErr: fault.Text(fault.Exhausted, "too many keys changed"), multiplexes: true})
+		s.start(startReload("r1", &commandv1.Options{Strategy: commandv1.Strategy_STRATEGY_BEST_EFFORT}))
+		s.until("two tries", time.Minute, func() bool { return n.plugins.tried(sha("2")) > 1 })
+		if _, ready := n.routes.Running(kv); !ready {
+			t.Error("the old instance does not go on between the tries")
+		}
+		n.plugins.act(sha("2"), behaviour{multiplexes: true})
+		s.phase(s.ended("r1"), commandv1.Phase_PHASE_DONE)
+		s.allRun(kv, "2")
+	})
+}
+
+// A node that hears of a best-effort reload when it is over may still keep what it has; nobody waits for it then.
+func TestBestEffortIsRefusedInItsRecordByANodeThatComesLate(t *testing.T) {
+	for name, lost := range map[string]int64{"at once": 0, "when the leader hears it": 20} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				s := cluster(t, 3)
+				defer s.stop()
+				n := s.nodes[2]
+				n.plugins.act(sha("2"), behaviour{switchErr: errors.New("the socket is gone"), multiplexes: true})
+				s.set(func() { n.cut, n.leaseOver = true, true })
+				s.start(startReload("r1", &commandv1.Options{Strategy: commandv1.Strategy_STRATEGY_BEST_EFFORT}))
+				s.phase(s.ended("r1"), commandv1.Phase_PHASE_DONE)
+				var said atomic.Int64
+				s.set(func() {
+					s.wire = func(*simNode, string) (drop, lose, twice bool) { return said.Add(1) <= lost, false, false }
+					n.cut, n.leaseOver = false, false
+					s.catchUp(n)
+				})
+				s.until("refused", 2*time.Minute, func() bool {
+					return outcome(participant(s.reload("r1"), "n3"), kv).GetVerdict() == commandv1.Verdict_VERDICT_REFUSED
+				})
+				s.settle(kv)
+				if got := s.runs(n, kv); got != "1" {
+					t.Errorf("n3 runs %s, want 1", got)
+				}
+				if !n.reloads.Converged() {
 					t.Error("the node that refused has not converged, though it runs what is wanted of it")
 				}
 			})

@@ -132,7 +132,7 @@ func (l *mountLoop) refuse(rl *commandv1.Reload, phase string, err error, steps 
 		Stage: commandv1.MountReport_STAGE_REFUSED, FailedPhase: phase, Cause: cause(err), Steps: steps,
 		From: l.fromFacts(rl), To: facts(targetOf(rl, l.uuid).GetTo(), 0, 0),
 	}
-	l.put(rl, rep)
+	l.put(rl, proto.CloneOf(rep)) // which the outbox has from then on
 	return rep
 }
 
@@ -151,7 +151,7 @@ func (l *mountLoop) tellRefusal(v View) {
 	}
 	rl := v.Reload(want.GetReloadId())
 	if l.mayRefuse(rl) {
-		l.put(rl, l.refusal)
+		l.put(rl, proto.CloneOf(l.refusal))
 		return
 	}
 	l.log.Warn("a refusal came too late", "reload_id", want.GetReloadId(), "generation", l.refused)

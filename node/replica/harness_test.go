@@ -58,6 +58,7 @@ func newCluster(t testing.TB) *cluster {
 		t.Fatal(err)
 	}
 	c := &cluster{t: t, net: transport.NewMemNetwork(), ca: ca, nodes: map[string]*member{}}
+	t.TempDir() // what is cleaned up first is what is asked for last: the nodes end before their directories
 	t.Cleanup(c.stopAll)
 	return c
 }

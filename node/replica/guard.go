@@ -19,7 +19,7 @@ const maxTermJump = 1 << 20
 // maxSnapshotBytes bounds what a leader may stream to us.
 const maxSnapshotBytes = 8 << 30
 
-// guard stands between the transport and Raft. It mends two defects of hashicorp/raft v1.8.0 (open upstream as #697
+// guard stands between the transport and Raft. It mends defects of hashicorp/raft v1.8.0 (two are open upstream as #697
 // and #704), and keeps those out who have no business here yet:
 //
 //   - A snapshot that is not newer than what is applied is answered without installing it. Raft would install it, and
@@ -31,6 +31,7 @@ const maxSnapshotBytes = 8 << 30
 //     lacks what that address had acknowledged. While it is let in, the leader may still feed it under its old id, so
 //     having entries is not enough to vote.
 //   - A leader whose log has another entry where our newest snapshot ends: see void.
+//   - A heartbeat that is under way when Raft ends, or comes after: see SetHeartbeatHandler.
 //
 // Dropping the check of the previous entry is sound: every entry up to the applied index is committed, so every later
 // leader has the same ones. The one exception is an operator's restore, and that is what void looks for.
@@ -40,6 +41,10 @@ type guard struct {
 	done chan struct{}
 	once sync.Once
 	wg   sync.WaitGroup
+
+	// closing guards closed and additions to wg.
+	closing sync.Mutex
+	closed  bool
 
 	raft  atomic.Pointer[raft.Raft] // nil until NewRaft has returned
 	logs  raft.LogStore
@@ -82,22 +87,44 @@ func newGuard(inner network, logs raft.LogStore, snaps raft.SnapshotStore, entry
 // Consumer is raft.Transport's: what Raft sees is what has passed.
 func (g *guard) Consumer() <-chan raft.RPC { return g.out }
 
-// SetHeartbeatHandler is raft.Transport's. Heartbeats take a path of their own through the transport.
+// SetHeartbeatHandler is raft.Transport's. Heartbeats take a path of their own through the transport, in goroutines that Raft
+// does not wait for when it ends: one may write a term, so Close waits for them, before the stores are closed.
 func (g *guard) SetHeartbeatHandler(cb func(raft.RPC)) {
 	if cb == nil {
 		g.network.SetHeartbeatHandler(nil)
 		return
 	}
 	g.network.SetHeartbeatHandler(func(rpc raft.RPC) {
+		if !g.begin() {
+			g.refuse(&rpc, errors.New("this node is stopping"))
+			return
+		}
+		defer g.wg.Done()
 		if g.admit(&rpc) {
 			cb(rpc)
 		}
 	})
 }
 
-// Close is raft.WithClose's; it waits for the pump.
+// begin adds one to wg, unless the guard closes.
+func (g *guard) begin() bool {
+	g.closing.Lock()
+	defer g.closing.Unlock()
+	if g.closed {
+		return false
+	}
+	g.wg.Add(1)
+	return true
+}
+
+// Close is raft.WithClose's; it waits for the pump, and for heartbeats under way.
 func (g *guard) Close() error {
-	g.once.Do(func() { close(g.done) })
+	g.once.Do(func() {
+		g.closing.Lock()
+		g.closed = true
+		g.closing.Unlock()
+		close(g.done)
+	})
 	err := g.network.Close()
 	g.wg.Wait()
 	return err

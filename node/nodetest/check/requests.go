@@ -82,9 +82,15 @@ func (j *judge) whoIs() func(name string, at int64) string {
 func (j *judge) order() {
 	type place struct{ node, mount string }
 	seen, who := map[place][]timed{}, j.whoIs()
+	// An answer that another node has passed on, or that was long on its way, may come when its node has lost its disk: where
+	// the name was another one's when it was asked, nobody knows whose it is.
+	by := func(op *Op) (place, bool) {
+		then, now := who(op.By, op.Call), who(op.By, op.Return)
+		return place{now, op.Mount}, op.Generation > 0 && op.By != "" && then == now
+	}
 	for i := range j.run.Ops {
-		if op := &j.run.Ops[i]; op.Generation > 0 && op.By != "" {
-			k := place{who(op.By, op.Return), op.Mount}
+		op := &j.run.Ops[i]
+		if k, known := by(op); known {
 			seen[k] = append(seen[k], timed{op.Return, int64(op.Generation)})
 		}
 	}
@@ -93,11 +99,12 @@ func (j *judge) order() {
 	}
 	for i := range j.run.Ops {
 		op := &j.run.Ops[i]
-		if op.Generation == 0 || op.By == "" {
+		k, known := by(op)
+		if !known {
 			continue
 		}
 		j.looked("I11", 1)
-		if before := lastBefore(seen[place{who(op.By, op.Return), op.Mount}], op.Call, 0); int64(op.Generation) < before {
+		if before := lastBefore(seen[k], op.Call, 0); int64(op.Generation) < before {
 			j.bad("I11", []uint64{op.ID}, "%s answered for %s with generation %d after it had answered with %d", op.By, op.Mount, op.Generation, before)
 		}
 	}

@@ -395,6 +395,34 @@ func TestAGoodHistoryIsAccepted(t *testing.T) {
 	}
 }
 
+// A node answers through another one, loses its disk, and comes back under its name with less: the answer that is passed on after
+// that is not the new one's.
+func TestAnAnswerThatCameLateIsNotTheNextNodesOfThatName(t *testing.T) {
+	answer := func(id, call, back int64, generation uint64) Op {
+		return Op{
+			ID: uint64(id), Client: int(id), Kind: Read, Node: "n2", By: "n1", Mount: "kv/", Key: "a", Call: call, Return: back,
+			Outcome: OK, Generation: generation,
+		}
+	}
+	run := &Run{Events: []Event{
+		{Node: "n1", Boot: 1, Seq: 1, At: 1, Kind: Boot, NodeID: "first"}, {Node: "n1", Boot: 2, Seq: 2, At: 100, Kind: Boot, NodeID: "second"},
+	}}
+	for _, c := range []struct {
+		what       string
+		call, back int64
+		bad        bool
+	}{
+		{"an answer of the first node that was passed on when the second was there", 50, 150, false},
+		{"an answer of the second node", 110, 150, true},
+	} {
+		run.Ops = []Op{answer(1, c.call, c.back, 103), answer(2, 200, 210, 20)}
+		j := &judge{run: run, Report: &Report{Looked: map[string]int{}}}
+		if j.order(); len(j.Violations) > 0 != c.bad {
+			t.Errorf("%s: %v", c.what, j.Violations)
+		}
+	}
+}
+
 func TestARunIsTheSameAfterItWasSaved(t *testing.T) {
 	run := valid(1, 100)
 	dir := t.TempDir()

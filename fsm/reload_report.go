@@ -146,12 +146,29 @@ func (e *entry) mergeCommitted(
 	return mergeSwitched(r, p, o, m)
 }
 
+// TakesRefusal reports whether a reload lets a participant keep what it had on a mount in place of what is committed: a
+// best-effort one, while it runs, and when it is done for a participant that still owes it an answer. The node asks before it
+// refuses, and the record when it hears of it.
+func TakesRefusal(r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome) bool {
+	if !bestEffort(r) || p == nil || o == nil || out(p) || o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED ||
+		rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
+		return false
+	}
+	switch r.GetPhase() {
+	case commandv1.Phase_PHASE_COMMITTED:
+		return p.GetWave() <= r.GetWave()
+	case commandv1.Phase_PHASE_DONE:
+		return mayConverge(o)
+	default:
+		return false
+	}
+}
+
 // mergeRefusal lets a best-effort participant keep what it had.
 func (e *entry) mergeRefusal(
 	r *commandv1.Reload, p *commandv1.Participant, o *commandv1.MountOutcome, m *commandv1.MountReport,
 ) bool {
-	if o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED ||
-		rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
+	if !TakesRefusal(r, p, o) {
 		return false
 	}
 	mount := get(&e.mounts, o.GetMountUuid())
@@ -306,7 +323,7 @@ func (e *entry) mergeLate(
 	if !mayConverge(o) {
 		return e.mergeMeasured(r, o, m)
 	}
-	if m.GetStage() == commandv1.MountReport_STAGE_REFUSED && bestEffort(r) {
+	if m.GetStage() == commandv1.MountReport_STAGE_REFUSED {
 		return e.mergeRefusal(r, p, o, m)
 	}
 	if m.GetStage() != commandv1.MountReport_STAGE_SWITCHED || m.GetTo().GetGeneration() < r.GetGeneration() {

@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"rollcall/fsm"
 	"rollcall/node/failpoint"
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
@@ -139,7 +140,7 @@ func (l *mountLoop) refuse(rl *commandv1.Reload, phase string, err error, steps 
 // mayRefuse reports whether this node may keep what it runs in place of what a reload wants.
 func (l *mountLoop) mayRefuse(rl *commandv1.Reload) bool {
 	p := participant(rl, l.r.self)
-	return p.GetIncarnation() == l.r.cfg.Replica.Incarnation() && takesRefusal(rl, outcome(p, l.uuid))
+	return p.GetIncarnation() == l.r.cfg.Replica.Incarnation() && fsm.TakesRefusal(rl, p, outcome(p, l.uuid))
 }
 
 // tellRefusal says that this node has refused what is wanted, until it is wanted no more. When the record has no place for
@@ -229,7 +230,7 @@ func shown(
 		if rl.GetPhase() == commandv1.Phase_PHASE_PREPARING {
 			return o.GetVerdict() == commandv1.Verdict_VERDICT_REFUSED
 		}
-		return !takesRefusal(rl, o)
+		return !fsm.TakesRefusal(rl, p, o)
 	case commandv1.MountReport_STAGE_FAILED_SWITCH, commandv1.MountReport_STAGE_SAFE:
 		return terminal(rl.GetPhase()) ||
 			rank(have.GetStage()) >= rank(rep.GetStage()) && have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
@@ -239,23 +240,6 @@ func shown(
 			have.GetTo().GetGeneration() >= rep.GetTo().GetGeneration()
 	default:
 		return true
-	}
-}
-
-// takesRefusal reports whether a record still takes in that a node keeps what it had: of a best-effort reload, while it runs
-// and, for a node that owes it an answer, when it is done.
-func takesRefusal(rl *commandv1.Reload, o *commandv1.MountOutcome) bool {
-	if o == nil || rl.GetOptions().GetStrategy() != commandv1.Strategy_STRATEGY_BEST_EFFORT ||
-		rank(o.GetReport().GetStage()) >= rank(commandv1.MountReport_STAGE_SAFE) {
-		return false
-	}
-	switch o.GetVerdict() {
-	case commandv1.Verdict_VERDICT_UNSPECIFIED:
-		return rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED
-	case commandv1.Verdict_VERDICT_PENDING_DOWN, commandv1.Verdict_VERDICT_UNCONFIRMED, commandv1.Verdict_VERDICT_FAILED_SWITCH:
-		return rl.GetPhase() == commandv1.Phase_PHASE_COMMITTED || rl.GetPhase() == commandv1.Phase_PHASE_DONE
-	default:
-		return false
 	}
 }
 

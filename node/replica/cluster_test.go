@@ -15,6 +15,7 @@ import (
 
 	"rollcall/node/fault"
 	commandv1 "rollcall/proto/command/v1"
+	peerv1 "rollcall/proto/peer/v1"
 )
 
 func TestThreeNodesFoundOneClusterInAnyOrder(t *testing.T) {
@@ -524,6 +525,36 @@ func TestARemovedNodeIsNotLetInAgain(t *testing.T) {
 	told()
 	if n := len(lead.Members()); n != 2 {
 		t.Errorf("%d members, want 2", n)
+	}
+}
+
+// A node that is told that it was removed ends. A leader that cannot commit the removal must not say so: the next one may not know
+// of it.
+func TestARemovalThatIsNotCommittedIsNotTold(t *testing.T) {
+	c := newCluster(t)
+	all := c.founders(3)
+	for _, m := range all {
+		m.start()
+	}
+	ready(t, all...)
+	lead := c.leader()
+	other := others(all, lead)[0]
+	c.net.Isolate(lead.host)
+	lead.raft.Load().RemoveServer(raft.ServerID(other.NodeID()), 0, 0)
+	eventually(t, 5*time.Second, func() error {
+		if len(lead.Members()) != 2 {
+			return errors.New("the removal is not in the leader's log yet")
+		}
+		return nil
+	})
+	refuse := func(kind fault.Kind, format string, args ...any) error {
+		return fault.New(kind, "let in", other.name, format, args...)
+	}
+	_, err := lead.letInLocked(t.Context(), &peerv1.JoinRequest{
+		NodeId: other.NodeID(), Name: other.name, ClusterAddress: other.host + ":7000", ClusterId: lead.fsm.View().ClusterID(),
+	}, refuse)
+	if !fault.Is(err, fault.Unavailable) {
+		t.Errorf("a removal that is not committed: %v", err)
 	}
 }
 

@@ -151,8 +151,13 @@ func (r *Replica) enter() {
 // belonged to the cluster and is not let in again was removed: nothing that it could wait for changes that, and it fails. A new
 // one waits, until its certificate or its name is put right.
 func (r *Replica) becomeMember() bool {
-	var said, refused string
+	var waiting, refused string // what was said of it last
 	for attempt := 0; r.ctx.Err() == nil; attempt++ {
+		news := func(said *string, now string) bool {
+			fresh := now != *said || attempt%20 == 0
+			*said = now
+			return fresh
+		}
 		changed, role := r.cfg.Discovery.Changed(), r.RoleChanged()
 		if r.configured() != nil {
 			return true
@@ -167,8 +172,7 @@ func (r *Replica) becomeMember() bool {
 			r.fail(fault.Wrap(err, "enter the cluster", r.cfg.Name))
 			return false
 		case fault.Is(err, fault.Denied), fault.Is(err, fault.Conflict):
-			if news := err.Error(); news != refused || attempt%20 == 0 {
-				refused = news
+			if news(&refused, err.Error()) {
 				r.log.Error("the cluster does not let this node in", "error", err)
 			}
 		case err != nil:
@@ -176,8 +180,7 @@ func (r *Replica) becomeMember() bool {
 		}
 		if founded, why := r.found(facts); founded {
 			return true
-		} else if news := why + unheard; why != "" && (news != said || attempt%20 == 0) {
-			said = news
+		} else if why != "" && news(&waiting, why+unheard) {
 			r.log.Info("waiting for a cluster", "why", why, "unheard", unheard)
 		}
 		t := time.NewTimer(min(50*time.Millisecond<<min(attempt, 5), time.Second))

@@ -40,11 +40,9 @@ type guard struct {
 	out  chan raft.RPC
 	done chan struct{}
 	once sync.Once
-	wg   sync.WaitGroup
+	wg   sync.WaitGroup // the pump
 
-	// closing guards closed and additions to wg.
-	closing sync.Mutex
-	closed  bool
+	beats calls // heartbeats under way; shut by Close
 
 	raft  atomic.Pointer[raft.Raft] // nil until NewRaft has returned
 	logs  raft.LogStore
@@ -95,38 +93,24 @@ func (g *guard) SetHeartbeatHandler(cb func(raft.RPC)) {
 		return
 	}
 	g.network.SetHeartbeatHandler(func(rpc raft.RPC) {
-		if !g.begin() {
+		if !g.beats.begin() {
 			g.refuse(&rpc, errors.New("this node is stopping"))
 			return
 		}
-		defer g.wg.Done()
+		defer g.beats.done()
 		if g.admit(&rpc) {
 			cb(rpc)
 		}
 	})
 }
 
-// begin adds one to wg, unless the guard closes.
-func (g *guard) begin() bool {
-	g.closing.Lock()
-	defer g.closing.Unlock()
-	if g.closed {
-		return false
-	}
-	g.wg.Add(1)
-	return true
-}
-
 // Close is raft.WithClose's; it waits for the pump, and for heartbeats under way.
 func (g *guard) Close() error {
-	g.once.Do(func() {
-		g.closing.Lock()
-		g.closed = true
-		g.closing.Unlock()
-		close(g.done)
-	})
+	g.beats.shut()
+	g.once.Do(func() { close(g.done) })
 	err := g.network.Close()
 	g.wg.Wait()
+	g.beats.wait()
 	return err
 }
 

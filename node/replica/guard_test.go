@@ -359,36 +359,38 @@ func (b *beatTransport) SetHeartbeatHandler(cb func(raft.RPC)) { b.beat = cb }
 
 // Raft does not wait for heartbeats when it ends, and one that came late wrote its term into a store that was closed.
 func TestARaftThatHasEndedTakesNoHeartbeat(t *testing.T) {
-	_, inner := raft.NewInmemTransport("me")
-	wire := &beatTransport{InmemTransport: inner}
-	logs := raft.NewInmemStore()
-	g := newGuard(wire, logs, raft.NewInmemSnapshotStore(), anybody{}, func(err error) { t.Error(err) })
-	conf := raft.DefaultConfig()
-	conf.LocalID, conf.Logger = "me", hclog.NewNullLogger()
-	node, err := raft.NewRaft(conf, &countingFSM{}, logs, raft.NewInmemStore(), raft.NewInmemSnapshotStore(), g)
-	if err != nil {
-		t.Fatal(err)
-	}
-	g.start(node)
-	inside, release, ended := make(chan struct{}), make(chan struct{}), make(chan error, 1)
-	taken := 0
-	g.SetHeartbeatHandler(func(raft.RPC) { taken++; close(inside); <-release })
-	answer := make(chan raft.RPCResponse, 1)
-	rpc := raft.RPC{Command: &raft.AppendEntriesRequest{Term: 2}, RespChan: answer}
-	go wire.beat(rpc)
-	<-inside
-	go func() { ended <- node.Shutdown().Error() }()
-	select {
-	case <-ended:
-		t.Fatal("it ended with a heartbeat under way")
-	case <-time.After(100 * time.Millisecond):
-	}
-	close(release)
-	if err := <-ended; err != nil {
-		t.Error(err)
-	}
-	wire.beat(rpc)
-	if r := <-answer; r.Error == nil || taken != 1 {
-		t.Errorf("a heartbeat after the end: %v, %d taken", r.Error, taken)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		_, inner := raft.NewInmemTransport("me")
+		wire := &beatTransport{InmemTransport: inner}
+		logs := raft.NewInmemStore()
+		g := newGuard(wire, logs, raft.NewInmemSnapshotStore(), anybody{}, func(err error) { t.Error(err) })
+		conf := raft.DefaultConfig()
+		conf.LocalID, conf.Logger = "me", hclog.NewNullLogger()
+		node, err := raft.NewRaft(conf, &countingFSM{}, logs, raft.NewInmemStore(), raft.NewInmemSnapshotStore(), g)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.start(node)
+		release, ended := make(chan struct{}), make(chan error, 1)
+		taken := 0
+		g.SetHeartbeatHandler(func(raft.RPC) { taken++; <-release })
+		answer := make(chan raft.RPCResponse, 1)
+		rpc := raft.RPC{Command: &raft.AppendEntriesRequest{Term: 2}, RespChan: answer}
+		go wire.beat(rpc)
+		synctest.Wait()
+		go func() { ended <- node.Shutdown().Error() }()
+		synctest.Wait()
+		if len(ended) > 0 {
+			t.Error("it ended with a heartbeat under way")
+		}
+		close(release)
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		wire.beat(rpc)
+		synctest.Wait()
+		if taken != 1 || len(answer) != 1 || (<-answer).Error == nil {
+			t.Errorf("a heartbeat after the end: %d taken", taken)
+		}
+	})
 }

@@ -28,6 +28,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // cluster is several replicas in this process, over the real transport on a network in memory.
 type cluster struct {
 	t     testing.TB
+	dir   string // of every node's directory
 	net   *transport.MemNetwork
 	ca    *pki.CA
 	mu    sync.Mutex
@@ -57,15 +58,15 @@ func newCluster(t testing.TB) *cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &cluster{t: t, net: transport.NewMemNetwork(), ca: ca, nodes: map[string]*member{}}
-	t.TempDir() // what is cleaned up first is what is asked for last: the nodes end before their directories
+	// The directory is asked for before the nodes' end is, and is therefore removed after it.
+	c := &cluster{t: t, dir: t.TempDir(), net: transport.NewMemNetwork(), ca: ca, nodes: map[string]*member{}}
 	t.Cleanup(c.stopAll)
 	return c
 }
 
 // node declares a node; start brings it up.
 func (c *cluster) node(name string, edit ...func(*Config)) *member {
-	m := &member{c: c, name: name, host: name, path: filepath.Join(c.t.TempDir(), name)}
+	m := &member{c: c, name: name, host: name, path: filepath.Join(c.dir, name)}
 	m.edit = func(cfg *Config) {
 		for _, f := range edit {
 			f(cfg)

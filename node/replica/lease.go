@@ -131,11 +131,11 @@ func (r *Replica) BeginFence(nodeID string) (end func()) {
 	var once sync.Once
 	return func() {
 		once.Do(func() {
-			if !r.begin() {
+			if !r.inflight.begin() {
 				return // stopping: this leadership grants nothing any more
 			}
 			go func() {
-				defer r.inflight.Done()
+				defer r.inflight.done()
 				r.settleFence(l, nodeID)
 			}()
 		})

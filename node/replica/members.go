@@ -242,8 +242,9 @@ func (r *Replica) letInLocked(ctx context.Context, req *peerv1.JoinRequest, refu
 		}
 	}
 	if mine == nil && req.GetClusterId() != "" {
-		if conf.Index() > r.raft.Load().CommitIndex() { // the next leader may not have it: the refusal is for good
-			return 0, refuse(fault.Unavailable, "a change of the cluster's members is not committed yet")
+		// The refusal is for good: the next leader must know of the removal too.
+		if err := r.await(ctx, r.raft.Load().Barrier(r.cfg.rpcTimeout())); err != nil {
+			return 0, fault.As(fault.Unavailable, err, "let in", req.GetName())
 		}
 		return 0, refuse(fault.Denied, "node %s was removed from this cluster; move its data directory away to join as a new node", req.GetNodeId())
 	}

@@ -119,11 +119,11 @@ func (a *pilotApp) FetchServerStats(ctx context.Context, servers map[raft.Server
 
 // RemoveFailedServer is autopilot's: a dead server goes for good. It must return at once.
 func (a *pilotApp) RemoveFailedServer(s *autopilot.Server) {
-	if !a.r.begin() {
+	if !a.r.inflight.begin() {
 		return
 	}
 	go func() {
-		defer a.r.inflight.Done()
+		defer a.r.inflight.done()
 		if err := a.r.removeHere(a.ctx, string(s.ID), "dead for longer than "+a.r.cfg.RemoveDeadAfter.String()); err != nil {
 			a.r.log.Warn("a dead server is not removed yet", "node", s.ID, "error", err)
 		}

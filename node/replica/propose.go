@@ -198,13 +198,13 @@ func (r *Replica) applyHere(ctx context.Context, term uint64, cmd *commandv1.Com
 		return nil, err
 	}
 	release := func() { r.bytes.Release(int64(size)) }
-	if !r.begin() {
+	if !r.inflight.begin() {
 		release()
 		return nil, fault.New(fault.Unavailable, "propose", "", "node %s is stopping", r.cfg.Name)
 	}
 	if now, leading := r.leads(); !leading || now != term {
 		release()
-		r.inflight.Done()
+		r.inflight.done()
 		return nil, fault.New(fault.NotLeader, "propose", "", "node %s does not lead term %d", r.cfg.Name, term)
 	}
 	started := time.Now()
@@ -216,7 +216,7 @@ func (r *Replica) applyHere(ctx context.Context, term uint64, cmd *commandv1.Com
 	data, err := proto.Marshal(stamped)
 	if err != nil {
 		release()
-		r.inflight.Done()
+		r.inflight.done()
 		r.stamps.giveBack(term, elapsed)
 		return nil, fault.As(fault.Invalid, err, "encode command", "")
 	}
@@ -230,7 +230,7 @@ func (r *Replica) applyHere(ctx context.Context, term uint64, cmd *commandv1.Com
 	}
 	done := make(chan outcome, 1)
 	go func() { // ends when Raft answers; Stop waits for it through inflight
-		defer r.inflight.Done()
+		defer r.inflight.done()
 		defer release()
 		res, err := decided(future)
 		if fault.KindOf(err).Safe() {

@@ -64,13 +64,13 @@ func (r *Replica) joinRead(ctx context.Context) (*readBatch, error) {
 	}
 	b := r.reads.next
 	if !r.reads.running {
-		if !r.begin() {
+		if !r.inflight.begin() {
 			r.reads.next = nil
 			r.reads.mu.Unlock()
 			return nil, fault.New(fault.Unavailable, "", "", "node %s is stopping", r.cfg.Name)
 		}
 		r.reads.running = true
-		go func() { defer r.inflight.Done(); r.readRounds() }()
+		go func() { defer r.inflight.done(); r.readRounds() }()
 	}
 	r.reads.mu.Unlock()
 	select {

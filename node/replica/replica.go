@@ -43,9 +43,7 @@ type Replica struct {
 	stop    sync.Once
 	wg      sync.WaitGroup // the loops
 
-	calls    sync.Mutex // guards stopping and additions to inflight
-	stopping bool
-	inflight sync.WaitGroup // futures of Raft and calls that wait for them
+	inflight calls // futures of Raft and calls that wait for them; shut by Stop
 
 	roles    roles
 	runs     []func(context.Context, uint64)
@@ -185,15 +183,13 @@ func (r *Replica) shutdown(ctx context.Context) error {
 		}
 		cancel()
 	}
-	r.calls.Lock()
-	r.stopping = true
-	r.calls.Unlock()
+	r.inflight.shut()
 	r.cancel(fault.New(fault.Unavailable, "", "", "node %s is stopping", r.cfg.Name))
 	r.wg.Wait()
 
 	// While Raft runs, every future is answered (a follower refuses what a leader would have done), sooner or later where the
 	// disk is slow, unless it hangs. Afterwards none would be: Raft forgets those in its queues.
-	waitFor(func() { r.inflight.Wait() }, 10*r.cfg.heartbeat())
+	waitFor(r.inflight.wait, 10*r.cfg.heartbeat())
 	r.stores.Release()
 	var errs []error
 	if node != nil {
@@ -249,17 +245,6 @@ func (r *Replica) Incarnation() uint64 { return r.cfg.Dir.Incarnation }
 // DiskStalled returns how long the oldest write to the log has been under way; 0 when none is. For health checks.
 func (r *Replica) DiskStalled() time.Duration { return r.stores.Log.Watch().Oldest() }
 
-// begin admits a call that waits on Raft; the caller then calls r.inflight.Done. False once Stop has begun.
-func (r *Replica) begin() bool {
-	r.calls.Lock()
-	defer r.calls.Unlock()
-	if r.stopping {
-		return false
-	}
-	r.inflight.Add(1)
-	return true
-}
-
 // node returns Raft, or why there is none.
 func (r *Replica) node() (*raft.Raft, error) {
 	if n := r.raft.Load(); n != nil && r.ctx.Err() == nil {
@@ -271,12 +256,12 @@ func (r *Replica) node() (*raft.Raft, error) {
 // await waits for a future of Raft and for ctx, whichever is first. The wait for the future goes on in the background
 // and is waited for by Stop.
 func (r *Replica) await(ctx context.Context, f raft.Future) error {
-	if !r.begin() {
+	if !r.inflight.begin() {
 		return fault.New(fault.Unavailable, "", "", "node %s is stopping", r.cfg.Name)
 	}
 	done := make(chan error, 1)
 	go func() {
-		defer r.inflight.Done()
+		defer r.inflight.done()
 		done <- f.Error()
 	}()
 	select {

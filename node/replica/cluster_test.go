@@ -550,7 +550,7 @@ func TestARemovalThatIsNotCommittedIsNotTold(t *testing.T) {
 	refuse := func(kind fault.Kind, format string, args ...any) error {
 		return fault.New(kind, "let in", other.name, format, args...)
 	}
-	_, err := lead.letInLocked(t.Context(), &peerv1.JoinRequest{
+	err := lead.letInLocked(t.Context(), &peerv1.JoinRequest{
 		NodeId: other.NodeID(), Name: other.name, ClusterAddress: other.host + ":7000", ClusterId: lead.fsm.View().ClusterID(),
 	}, refuse)
 	if !fault.Is(err, fault.Unavailable) {

@@ -144,7 +144,8 @@ func (r *Replica) RemoveMember(ctx context.Context, nodeID string) error {
 	return fault.Wrap(err, "remove member", nodeID)
 }
 
-// change serialises membership changes of this node as leader; release with the returned function.
+// change serialises membership changes of this node as leader; release with the returned function. Raft's own check, the index of
+// the configuration that a change was made for, cannot be used: Raft v1.8.0 does not tell that index.
 func (r *Replica) change(ctx context.Context) (func(), error) {
 	select {
 	case r.changing <- struct{}{}:
@@ -181,12 +182,11 @@ func (r *Replica) removeLocked(ctx context.Context, nodeID, why string) error {
 			}
 		}
 	}
-	conf := r.raft.Load().GetConfiguration()
-	for _, s := range conf.Configuration().Servers {
+	for _, s := range r.servers() {
 		if string(s.ID) != nodeID {
 			continue
 		}
-		if err := r.await(ctx, r.raft.Load().RemoveServer(s.ID, conf.Index(), r.cfg.rpcTimeout())); err != nil {
+		if err := r.await(ctx, r.raft.Load().RemoveServer(s.ID, 0, r.cfg.rpcTimeout())); err != nil {
 			return fault.As(fault.Unavailable, err, "remove member", nodeID)
 		}
 		r.log.Info("member removed", "node", nodeID, "why", why)
@@ -224,17 +224,15 @@ func (r *Replica) letIn(ctx context.Context, req *peerv1.JoinRequest, name strin
 		return nil, err
 	}
 	defer release()
-	index, err := r.letInLocked(ctx, req, refuse)
-	if err != nil {
+	if err := r.letInLocked(ctx, req, refuse); err != nil {
 		return nil, err
 	}
-	return &peerv1.JoinResponse{ClusterId: view.ClusterID(), Index: index}, nil
+	return &peerv1.JoinResponse{ClusterId: view.ClusterID()}, nil
 }
 
-func (r *Replica) letInLocked(ctx context.Context, req *peerv1.JoinRequest, refuse func(fault.Kind, string, ...any) error) (uint64, error) {
-	conf := r.raft.Load().GetConfiguration()
+func (r *Replica) letInLocked(ctx context.Context, req *peerv1.JoinRequest, refuse func(fault.Kind, string, ...any) error) error {
 	var mine, there *raft.Server
-	for _, s := range conf.Configuration().Servers {
+	for _, s := range r.servers() {
 		if string(s.ID) == req.GetNodeId() {
 			mine = &s
 		} else if string(s.Address) == req.GetClusterAddress() {
@@ -244,32 +242,31 @@ func (r *Replica) letInLocked(ctx context.Context, req *peerv1.JoinRequest, refu
 	if mine == nil && req.GetClusterId() != "" {
 		// The refusal is for good: the next leader must know of the removal too.
 		if err := r.await(ctx, r.raft.Load().Barrier(r.cfg.rpcTimeout())); err != nil {
-			return 0, fault.As(fault.Unavailable, err, "let in", req.GetName())
+			return fault.As(fault.Unavailable, err, "let in", req.GetName())
 		}
-		return 0, refuse(fault.Denied, "node %s was removed from this cluster; move its data directory away to join as a new node", req.GetNodeId())
+		return refuse(fault.Denied, "node %s was removed from this cluster; move its data directory away to join as a new node", req.GetNodeId())
 	}
 	if err := r.replaceDisk(ctx, req, refuse); err != nil {
-		return 0, err
+		return err
 	}
 	if there != nil && r.stillThere(*there) {
-		return 0, refuse(fault.Conflict, "address %s belongs to node %s; that one must move or be removed first", there.Address, there.ID)
+		return refuse(fault.Conflict, "address %s belongs to node %s; that one must move or be removed first", there.Address, there.ID)
 	}
-	conf = r.raft.Load().GetConfiguration()
 	id, address := raft.ServerID(req.GetNodeId()), raft.ServerAddress(req.GetClusterAddress())
 	if mine != nil && mine.Address == address {
-		return conf.Index(), nil
+		return nil
 	}
 	var f raft.IndexFuture
 	if mine != nil && mine.Suffrage == raft.Voter {
-		f = r.raft.Load().AddVoter(id, address, conf.Index(), r.cfg.rpcTimeout())
+		f = r.raft.Load().AddVoter(id, address, 0, r.cfg.rpcTimeout())
 	} else {
-		f = r.raft.Load().AddNonvoter(id, address, conf.Index(), r.cfg.rpcTimeout())
+		f = r.raft.Load().AddNonvoter(id, address, 0, r.cfg.rpcTimeout())
 	}
 	if err := r.await(ctx, f); err != nil {
-		return 0, fault.As(fault.Unavailable, err, "let in", req.GetName())
+		return fault.As(fault.Unavailable, err, "let in", req.GetName())
 	}
 	r.log.Info("member let in", "name", req.GetName(), "node", req.GetNodeId(), "address", address, "moved", mine != nil)
-	return f.Index(), nil
+	return nil
 }
 
 // stillThere reports whether the server is in the configuration now.
@@ -308,8 +305,7 @@ func (r *Replica) moveSelf() error {
 		return err
 	}
 	defer release()
-	conf := r.raft.Load().GetConfiguration()
-	f := r.raft.Load().AddVoter(raft.ServerID(r.NodeID()), raft.ServerAddress(r.cfg.ClusterAddress), conf.Index(), r.cfg.rpcTimeout())
+	f := r.raft.Load().AddVoter(raft.ServerID(r.NodeID()), raft.ServerAddress(r.cfg.ClusterAddress), 0, r.cfg.rpcTimeout())
 	return fault.As(fault.Unavailable, r.await(ctx, f), "enter own address", r.cfg.ClusterAddress)
 }
 

@@ -411,7 +411,6 @@ func (x *JoinRequest) GetIncarnation() uint64 {
 type JoinResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	Index         uint64                 `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -451,13 +450,6 @@ func (x *JoinResponse) GetClusterId() string {
 		return x.ClusterId
 	}
 	return ""
-}
-
-func (x *JoinResponse) GetIndex() uint64 {
-	if x != nil {
-		return x.Index
-	}
-	return 0
 }
 
 type FactsRequest struct {
@@ -853,11 +845,10 @@ const file_peer_v1_replica_proto_rawDesc = "" +
 	"\n" +
 	"cluster_id\x18\x04 \x01(\tR\tclusterId\x12\x1b\n" +
 	"\tnon_voter\x18\x05 \x01(\bR\bnonVoter\x12 \n" +
-	"\vincarnation\x18\x06 \x01(\x04R\vincarnation\"C\n" +
+	"\vincarnation\x18\x06 \x01(\x04R\vincarnation\"-\n" +
 	"\fJoinResponse\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x14\n" +
-	"\x05index\x18\x02 \x01(\x04R\x05index\"\x0e\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\"\x0e\n" +
 	"\fFactsRequest\"\xad\x04\n" +
 	"\rFactsResponse\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\x12\x12\n" +
